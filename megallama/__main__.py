@@ -1,0 +1,5 @@
+"""`python -m megallama`."""
+
+from megallama.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,177 @@
+"""Saving and loading a run's checkpoints: commit by rename, newest valid one first, in the background if wanted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megallama.checkpoint.store import FileRecord, Store, sync, write_manifest, write_rectangles
+from megallama.parallel.collectives import all_reduce
+from megallama.parallel.pieces import Slot
+from megallama.runtime.mesh import Mesh
+
+Slots = Iterable[tuple[Slot, Mapping[str, Tensor]]]
+"""Canonical rectangles of a rank, each with its states as (height, width) views."""
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, newest step first; never judged by file times."""
+    found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+class Checkpointer:
+    """Writes and finds the checkpoints of one run. Every rank has one; all its calls are collective.
+
+    Args:
+        root: folder that holds the checkpoints.
+        shapes: canonical name -> shape of every tensor of the model.
+        keep: newest checkpoints kept; 0 = all.
+        background: write in a thread; the step loop waits only for the copy to host memory.
+    """
+
+    def __init__(self, root: Path, mesh: Mesh, shapes: dict[str, tuple[int, ...]], keep: int, background: bool):
+        self.root, self.mesh, self.shapes, self.keep, self.background = root, mesh, shapes, keep, background
+        # A group of its own, because the writer thread talks while the step loop uses the others.
+        self.group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, step: int, slots: Slots, meta: dict[str, Any]) -> None:
+        """Write `root`/step_…; `meta` goes into the manifest. Waits for the save before, and raises its failure."""
+        self.wait()
+        parts = [
+            (state, slot.name, slot.rect, values.to("cpu", copy=True))
+            for slot, states in slots
+            if slot.owner
+            for state, values in states.items()
+        ]
+        if not self.background:
+            self._write(step, parts, meta)
+            return
+
+        def work() -> None:
+            try:
+                self._write(step, parts, meta)
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=work, name=f"save-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            OSError: that save failed; the checkpoints before it are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise OSError(f"the last checkpoint could not be written: {failure}") from failure
+
+    def _write(self, step: int, parts: list, meta: dict[str, Any]) -> None:
+        rank = self.mesh.world.rank
+        final = self.root / f"step_{step:08d}"
+        folder = final.with_name(final.name + ".tmp")
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self._gather(None)  # nobody writes before the folder is there
+        record: FileRecord | Exception
+        try:
+            record = write_rectangles(folder, f"rank_{rank:05d}.safetensors", parts)
+        except Exception as error:  # every rank must reach the gather
+            record = OSError(f"rank {rank}: {error}")
+        records = self._gather(record)
+        if rank == 0:
+            try:
+                for found in records:
+                    if isinstance(found, Exception):
+                        raise found
+                write_manifest(folder, records, self.shapes, {"step": step, **meta})
+                shutil.rmtree(final, ignore_errors=True)
+                folder.rename(final)
+                sync(self.root)
+                self._prune()
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    def _gather(self, item: Any) -> list[Any]:
+        if self.group is None:
+            return [item]
+        out: list[Any] | None = [None] * self.mesh.world.size if self.mesh.world.rank == 0 else None
+        dist.gather_object(item, out, dst=0, group=self.group)
+        dist.barrier(self.group)
+        return out or []
+
+    def _prune(self) -> None:
+        for old in checkpoint_folders(self.root)[self.keep :] if self.keep else []:
+            shutil.rmtree(old)
+
+    def load_newest(self, slots: Callable[[], Slots], note: Callable[[str], None]) -> Store | None:
+        """Read the newest checkpoint that is valid for every rank; None where `root` has none.
+
+        Args:
+            slots: the rectangles to fill, called anew for each try.
+            note: told which checkpoints were skipped and why.
+
+        Raises:
+            ValueError: there are checkpoints, but none is valid.
+        """
+        faults = []
+        folders = checkpoint_folders(self.root)
+        for folder in folders:
+            store, fault = self._try(folder, slots())
+            if store is not None:
+                return store
+            faults.append(f"{folder.name}: {fault}")
+            note(f"skipped checkpoint {folder.name}: {fault}")
+        if faults:
+            raise ValueError(
+                f"no checkpoint under {self.root} is valid ({'; '.join(faults)}); "
+                f"set checkpoint.load=none to start anew or checkpoint.load to another folder"
+            )
+        return None
+
+    def load(self, folder: Path, slots: Callable[[], Slots]) -> Store:
+        """Read one checkpoint.
+
+        Raises:
+            ValueError: it is not valid.
+        """
+        store, fault = self._try(folder, slots())
+        if store is None:
+            raise ValueError(f"checkpoint {folder} cannot be loaded: {fault}")
+        return store
+
+    def _try(self, folder: Path, slots: Slots) -> tuple[Store | None, str]:
+        """Read and verify all rectangles, then agree with all ranks on success."""
+        store, fault = None, ""
+        try:
+            store = Store(folder)
+            for slot, states in slots:
+                expected, found = self.shapes[slot.name], store.shapes.get(slot.name)
+                if found != expected:
+                    raise ValueError(f"{slot.name} has shape {found} there, but {expected} in this model")
+                for state, values in states.items():
+                    store.read(state, slot.name, slot.rect, values)
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        bad = torch.tensor([float(bool(fault))], device=self.mesh.device)
+        if all_reduce(bad, self.mesh.world).item():
+            return None, fault or "another rank could not read it"
+        return store, ""

@@ -1,0 +1,113 @@
+"""The command line: one subcommand a stage, each imported only when it is asked for.
+
+    python -m megallama STAGE --config FILE [--section.key value ...] [--dry-run [--world N]]
+
+The same line runs under `torchrun`, `srun` and `mpirun`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from megallama import __version__, options
+from megallama.config import Config, load
+
+
+class Stage(NamedTuple):
+    """`target` is "module:function", a function from a valid Config to the exit code."""
+
+    summary: str
+    target: str
+
+
+STAGES: dict[str, Stage] = {
+    "pretrain": Stage("train a model on tokenised text", "megallama.train.pretrain:run"),
+    "verify": Stage("prove a layout: its gradients against those of one process", "megallama.train.verify:run"),
+}
+
+USAGE = """usage: megallama STAGE --config FILE [--section.key value ...] [--dry-run [--world N]]
+
+  --config FILE           YAML file with the run's settings
+  --section.key value     set one key; wins over the file
+  --dry-run               check the settings, print layout, parameters and bytes a rank, and start nothing
+  --world N               number of ranks that --dry-run plans for [WORLD_SIZE, else parallel.tp x parallel.pp]
+"""
+
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+"""Where launchers say which rank a process is; read here only to print a message once."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: the stage's own, or 2 after a user's error (one line)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except ValueError as error:
+        if is_first_rank():
+            print(f"megallama: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def overview() -> str:
+    """The text of `megallama --help`."""
+    stages = "\n".join(f"  {name:<12}{stage.summary}" for name, stage in STAGES.items())
+    return f"{USAGE}\nstages:\n{stages}\n\n`megallama STAGE --help` lists every key with its type and [default]."
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its launch; a process without a launcher is."""
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
+
+
+def _dispatch(name: str, arguments: list[str]) -> int:
+    if name not in STAGES:
+        raise ValueError(f"unknown stage {name}; choose one of {', '.join(STAGES)}")
+    if "-h" in arguments or "--help" in arguments:
+        print(f"megallama {name}: {STAGES[name].summary}\n\n{USAGE}{options.describe(Config)}")
+        return 0
+    dry, world, rest = _own_flags(arguments)
+    config = load(rest)
+    if not dry:
+        return _function(STAGES[name].target)(config)
+
+    from megallama.plan import describe
+
+    world = world or int(os.environ.get("WORLD_SIZE", config.parallel.tp * config.parallel.pp))
+    config.validate(world)
+    if is_first_rank():
+        print(describe(config, world))
+    return 0
+
+
+def _own_flags(arguments: Sequence[str]) -> tuple[bool, int | None, list[str]]:
+    """(--dry-run given, --world, what is left for the configuration)."""
+    dry, world, rest, tokens = False, None, [], iter(arguments)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if token == "--dry-run":
+            dry = True
+        elif name == "--world":
+            text = value if equals else next(tokens, "")
+            if not text.isdecimal() or int(text) < 1:
+                raise ValueError(f"--world needs a number of ranks, got {text or 'nothing'}")
+            world = int(text)
+        else:
+            rest.append(token)
+    if world is not None and not dry:
+        raise ValueError("--world plans for ranks that do not run: it needs --dry-run")
+    return dry, world, rest
+
+
+def _function(target: str) -> Callable[[Config], int]:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)

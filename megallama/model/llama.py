@@ -1,0 +1,149 @@
+"""Llama 2 (arXiv 2307.09288; RMSNorm before each sublayer, SwiGLU, RoPE, grouped-query attention) as pipeline stages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megallama.config import ModelConfig
+from megallama.data.batch import Batch
+from megallama.model.attention import attention
+from megallama.model.canonical import EMBEDDING, FINAL_NORM, HEAD, block_name
+from megallama.model.rope import Rotation, rotate, rotation
+from megallama.parallel.grads import WeightGrads
+from megallama.parallel.layers import ColumnLinear, Part, RMSNorm, RowLinear, VocabEmbedding, VocabHead
+from megallama.runtime.mesh import Axis
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+class Span(NamedTuple):
+    """Blocks first:last of the model, with the embedding before them or the final norm and head behind them."""
+
+    first: int
+    last: int
+    embed: bool
+    head: bool
+
+
+class AttentionCore(nn.Module):
+    """The rotary turn and attention itself, between the QKV and output projections."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.split, self.head_dim = (heads, kv_heads, kv_heads), head_dim
+
+    def forward(self, qkv: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+        """(T, (heads + 2 kv heads) * head_dim) -> (T, heads * head_dim)."""
+        q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.split, 1)
+        return attention(rotate(q, turn), rotate(k, turn), v, bounds)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up, between the two projections of the feed-forward."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """(T, 2 ffn) -> (T, ffn)."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+class Block(nn.Module):
+    """One transformer block on one tp rank: heads / tp query heads, max(1, kv heads / tp) key/value heads.
+
+    Args:
+        recompute: none, selective (attention core) or full (the whole block) in backward.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, tp: Axis, grads: WeightGrads, recompute: str):
+        super().__init__()
+        d, kv, hd, ffn = model.hidden_size, model.num_key_value_heads, model.head_dim, model.intermediate_size
+        copies, name = max(1, tp.size // kv), block_name(layer)
+        self.recompute = recompute
+        self.input_norm = RMSNorm(name + "input_layernorm.weight", d, model.rms_norm_eps)
+        self.qkv = ColumnLinear(
+            [
+                Part(name + "self_attn.q_proj.weight", d),
+                Part(name + "self_attn.k_proj.weight", kv * hd, copies),
+                Part(name + "self_attn.v_proj.weight", kv * hd, copies),
+            ],
+            d,
+            tp,
+            grads,
+        )
+        self.core = AttentionCore(model.num_attention_heads // tp.size, kv * copies // tp.size, hd)
+        self.o = RowLinear(name + "self_attn.o_proj.weight", d, d, tp, grads)
+        self.post_norm = RMSNorm(name + "post_attention_layernorm.weight", d, model.rms_norm_eps)
+        self.gate_up = ColumnLinear(
+            [Part(name + "mlp.gate_proj.weight", ffn), Part(name + "mlp.up_proj.weight", ffn)], d, tp, grads
+        )
+        self.swiglu = SwiGLU()
+        self.down = RowLinear(name + "mlp.down_proj.weight", d, ffn, tp, grads)
+
+    def forward(self, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+        """(T/tp, hidden) -> (T/tp, hidden)."""
+        if self.recompute == "full" and x.requires_grad:
+            return _recomputed(self._forward, x, turn, bounds)
+        return self._forward(x, turn, bounds)
+
+    def _forward(self, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+        qkv = self.qkv(self.input_norm(x))
+        if self.recompute == "selective" and qkv.requires_grad:
+            attended = _recomputed(self.core, qkv, turn, bounds)
+        else:
+            attended = self.core(qkv, turn, bounds)
+        x = x + self.o(attended)
+        return x + self.down(self.swiglu(self.gate_up(self.post_norm(x))))
+
+
+def _recomputed(run, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+    """run(x, …), keeping only its inputs for backward; there is no dropout, so no random state to restore."""
+    return checkpoint(run, x, turn, bounds, use_reentrant=False, preserve_rng_state=False)
+
+
+class Stage(nn.Module):
+    """One pipeline stage of the model on one tp rank.
+
+    Attributes:
+        grads: where the stage's weight gradients go.
+    """
+
+    def __init__(self, model: ModelConfig, span: Span, tp: Axis, recompute: str = "none"):
+        super().__init__()
+        self.model, self.span, self.tp = model, span, tp
+        self.grads = WeightGrads()
+        vocab, d, tie = model.vocab_size, model.hidden_size, model.tie_word_embeddings
+        split = tie and not (span.embed and span.head)
+        self.embed = VocabEmbedding(EMBEDDING, vocab, d, tp, self.grads, split) if span.embed else None
+        self.blocks = nn.ModuleList(Block(model, n, tp, self.grads, recompute) for n in range(span.first, span.last))
+        self.norm = RMSNorm(FINAL_NORM, d, model.rms_norm_eps) if span.head else None
+        self.head = VocabHead(EMBEDDING if tie else HEAD, vocab, d, tp, self.grads, split) if span.head else None
+        if tie and self.embed and self.head:
+            self.head.share(self.embed.weight)
+
+    def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
+        """Hidden states (T/tp, hidden), or None on the first stage -> hidden states, or logits (T, vocab/tp)."""
+        if self.embed is not None:
+            x = self.embed(batch.tokens)
+        assert x is not None, "only the first stage starts from tokens"
+        turn = rotation(batch.positions, self.model.head_dim, self.model.rope_theta, x.dtype)
+        for block in self.blocks:
+            x = block(x, turn, batch.bounds)
+        if self.norm is not None and self.head is not None:
+            x = self.head(self.norm(x))
+        return x
+
+    def units(self) -> list[nn.Module]:
+        """The modules that own parameters, in the order of the forward pass: a bucket holds whole units."""
+        return [unit for unit in (self.embed, *self.blocks, self.norm, self.head) if unit is not None]
+
+
+def stage_spans(layers: tuple[int, ...]) -> list[Span]:
+    """The spans of stages that hold `layers` blocks each."""
+    ends = [sum(layers[: n + 1]) for n in range(len(layers))]
+    return [
+        Span(end - size, end, n == 0, n == len(layers) - 1) for n, (size, end) in enumerate(zip(layers, ends, strict=True))
+    ]

@@ -1,0 +1,147 @@
+"""Pretraining: next-token prediction on tokenised corpora."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megallama.checkpoint import Checkpointer
+from megallama.config import Config, dump
+from megallama.data.indexed import IndexedDataset
+from megallama.data.loader import Loader
+from megallama.data.samples import Corpus, Mixture
+from megallama.data.tokenizer import load_tokenizer
+from megallama.model.canonical import canonical_shapes
+from megallama.runtime.faults import guard
+from megallama.runtime.launch import connect, disconnect, rendezvous, resolve
+from megallama.runtime.mesh import Mesh, build_mesh
+from megallama.runtime.metrics import Metrics
+from megallama.runtime.progress import Progress
+from megallama.train.loop import Loop, Task
+from megallama.train.trainer import NextToken, Trainer, build_trainer
+
+
+@contextmanager
+def on_mesh(config: Config, where: Callable[[], str]) -> Iterator[Mesh]:
+    """Join the other ranks, build the mesh, and end all ranks together if one fails."""
+    world = resolve(os.environ)
+    config.validate(world.size)
+    store = rendezvous(world)
+    with guard(world, store, where, Path(config.output_dir) / "logs"):
+        device = connect(world, store)
+        model, parallel = config.model, config.parallel
+        yield build_mesh(parallel.tp, parallel.pp, model.num_key_value_heads, model.tie_word_embeddings, device)
+    disconnect()
+
+
+def run(config: Config) -> int:
+    """Train as `config` says; returns the exit code. Every rank of the launch calls it."""
+    trainers: list[Trainer] = []
+
+    def where() -> str:
+        trainer = trainers[0]
+        return f"stage {trainer.mesh.pp.rank}, step {trainer.done + 1}"
+
+    with on_mesh(config, where) as mesh:
+        prepare_folder(config, mesh)
+        task = pretraining_task(config, mesh)
+        trainers.append(build_trainer(config, mesh))
+        pretrain(trainers[0], task)
+    return 0
+
+
+def pretrain(trainer: Trainer, task: Task) -> None:
+    """Resume if there is something to resume from, then train to the end."""
+    config, first = trainer.config, trainer.mesh.world.rank == 0
+    folder, keep = Path(config.output_dir), config.checkpoint
+    checkpointer = Checkpointer(
+        folder / "checkpoints", trainer.mesh, canonical_shapes(config.model), keep.keep, keep.async_save
+    )
+    notes: list[str] = []
+    consumed = resume(trainer, checkpointer, task.fingerprints, notes.append)
+    metrics = Metrics(folder, trainer.done) if first else None
+    with Progress(config.train.steps, trainer.done, config.log.interval) if first else Progress.silent() as progress:
+        for line in notes:
+            progress.note(line)
+        Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
+
+
+def resume(trainer: Trainer, checkpointer: Checkpointer, fingerprints: dict[str, Any], note: Callable[[str], None]) -> int:
+    """Go on from what checkpoint.load names; returns the samples consumed so far. Collective.
+
+    auto is the newest valid checkpoint of this run, if there is one; none starts anew; else it is a checkpoint's folder.
+    """
+    source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
+    assert optimizer is not None, "pretraining trains"
+    if source == "none":
+        return 0
+    if source == "auto":
+        store = checkpointer.load_newest(optimizer.slots, note)
+    else:
+        store = checkpointer.load(Path(source), optimizer.slots)
+    if store is None:
+        return 0
+    manifest = store.manifest
+    trainer.done, optimizer.updates = manifest["step"], manifest["updates"]
+    optimizer.publish()
+    note(f"resumed from {store.folder}: step {trainer.done}, {manifest['consumed_samples']} samples consumed")
+    for name, value in fingerprints.items():
+        if manifest["fingerprints"].get(name) != value:
+            note(f"{name} has changed since that checkpoint was written")
+    return manifest["consumed_samples"]
+
+
+def pretraining_task(config: Config, mesh: Mesh) -> Task:
+    """Open the corpora; every rank opens them itself, which takes milliseconds.
+
+    Raises:
+        ValueError: no sources, a damaged or too short one, or a tokenizer that does not fit the model.
+    """
+    data, model = config.data, config.model
+    if not data.sources:
+        raise ValueError("data.sources is empty: name at least one {prefix: …, weight: …} made by tools/preprocess_data.py")
+    fingerprints = {}
+    if data.tokenizer:
+        tokenizer = load_tokenizer(data.tokenizer)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size={model.vocab_size}; "
+                f"set model.vocab_size to at least {tokenizer.vocab_size}"
+            )
+        fingerprints["tokenizer"] = tokenizer.fingerprint()
+    datasets = [IndexedDataset(source.prefix) for source in data.sources]
+    for source, dataset in zip(data.sources, datasets, strict=True):
+        fingerprints[f"data {source.prefix}"] = dataset.fingerprint()
+
+    def loader(part: str) -> Loader:
+        corpora = [Corpus(dataset, data.seq_length, data.split, part) for dataset in datasets]
+        mixture = Mixture(corpora, [source.weight for source in data.sources], config.train.seed)
+        return Loader(mixture, data.mask_documents, mesh.tp.size, model.vocab_size)
+
+    validates = data.split > 0 and config.train.valid_interval > 0
+    loss = NextToken(model.vocab_size, mesh.tp)
+    return Task(loss, loader("train"), loader("valid") if validates else None, fingerprints)
+
+
+def prepare_folder(config: Config, mesh: Mesh) -> None:
+    """Make the run's folder and write its resolved configuration. Collective.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    folder = Path(config.output_dir)
+    if mesh.world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(dump(config))
+        except OSError as error:
+            raise ValueError(
+                f"output_dir={folder} cannot be written ({error.strerror}); set output_dir to a folder of yours"
+            ) from error
+    if mesh.world.size > 1:
+        dist.barrier(mesh.world.group)
