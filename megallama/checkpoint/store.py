@@ -52,7 +52,7 @@ class FileRecord(NamedTuple):
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())
+    return tensor.contiguous().view(torch.uint8).flatten().numpy().data
 
 
 def checksums(data: memoryview | mmap, lo: int = 0, hi: int | None = None) -> list[int]:
@@ -74,10 +74,15 @@ def write_rectangles(folder: Path, file: str, parts: Iterable[tuple[str, str, Re
     return FileRecord(file, path.stat().st_size, entries)
 
 
-def write_manifest(folder: Path, records: Iterable[FileRecord], shapes: dict[str, tuple[int, ...]], meta: dict[str, Any]) -> None:
+def write_manifest(
+    folder: Path, records: Iterable[FileRecord], shapes: dict[str, tuple[int, ...]], meta: dict[str, Any]
+) -> None:
     """Write the manifest of all ranks' files; with it the checkpoint is complete."""
     files = {
-        record.file: {"size": record.size, "tensors": {e.key: [e.state, e.name, *e.rect, e.crc32] for e in record.entries}}
+        record.file: {
+            "size": record.size,
+            "tensors": {e.key: [e.state, e.name, *e.rect, e.crc32] for e in record.entries},
+        }
         for record in records
     }
     manifest = {"format": FORMAT, "version": VERSION, **meta, "shapes": shapes, "files": files}
@@ -102,7 +107,9 @@ class _File:
     def __init__(self, path: Path, size: int, crc32: dict[str, list[int]]):
         actual = path.stat().st_size if path.exists() else -1
         if actual != size:
-            raise ValueError(f"{path}: {'missing' if actual < 0 else f'{actual} bytes'}, the manifest says {size} bytes")
+            raise ValueError(
+                f"{path}: {'missing' if actual < 0 else f'{actual} bytes'}, the manifest says {size} bytes"
+            )
         with open(path, "rb") as handle:
             self.map = mmap(handle.fileno(), 0, access=ACCESS_READ)
         length = int.from_bytes(self.map[:8], "little")
@@ -119,7 +126,9 @@ class _File:
         info = self.header[key]
         dtype, (lo, hi) = DTYPES[info["dtype"]], info["data_offsets"]
         if hi - lo != stored.area * dtype.itemsize or self.start + hi > len(self.map):
-            raise ValueError(f"{self.path}: tensor {key} has {hi - lo} bytes, its rectangle {tuple(stored)} another size")
+            raise ValueError(
+                f"{self.path}: tensor {key} has {hi - lo} bytes, its rectangle {tuple(stored)} another size"
+            )
         row = stored.width * dtype.itemsize
         top, bottom = (wanted.r0 - stored.r0) * row, (wanted.r1 - stored.r0) * row
         self._verify(key, self.start + lo, self.start + hi, top, bottom)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Batch:
         bounds, positions = [0], []
         for n, (tokens, _) in enumerate(rows):
             starts = [0, *(document_starts[n] if document_starts else ()), tokens.numel()]
-            for lo, hi in zip(starts, starts[1:], strict=False):
+            for lo, hi in pairwise(starts):
                 positions.append(torch.arange(hi - lo))
                 bounds.append(bounds[-1] + hi - lo)
         pad = -bounds[-1] % multiple
@@ -58,5 +59,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch with its tensors on `device`."""
-        move = (x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.positions))
-        return Batch(*move, self.bounds, self.count)
+        tokens, labels, positions = (
+            x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.positions)
+        )
+        return Batch(tokens, labels, positions, self.bounds, self.count)

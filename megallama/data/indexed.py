@@ -228,7 +228,7 @@ class IndexedDataset:
             raise ValueError(f"{self.data_path}: {size} bytes, but the index describes {expected}; copy both again")
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over sizes and 16 blocks of 4 KiB of each file, header included; milliseconds, no path or date."""
+        """SHA-256 (hex) over sizes and 16 blocks of 4 KiB of each file, header included; takes milliseconds."""
         digest = hashlib.sha256()
         for path in (self.index_path, self.data_path):
             size = path.stat().st_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 def runs(bounds: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """(first token, spans, length) of every run of consecutive spans of equal length: each is one dense call."""
     at = 0
-    for length, group in groupby(hi - lo for lo, hi in zip(bounds, bounds[1:], strict=False)):
+    for length, group in groupby(hi - lo for lo, hi in pairwise(bounds)):
         count = len(list(group))
         yield at, count, length
         at += count * length
@@ -32,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...]) -> Tenso
     """
     out = []
     for at, spans, length in runs(bounds):
-        dense = (x[at : at + spans * length].unflatten(0, (spans, length)).transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        qd, kd, vd = (x[at : at + spans * length].unflatten(0, (spans, length)).transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(qd, kd, vd, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         out.append(y.transpose(1, 2).reshape(spans * length, -1))
     return out[0] if len(out) == 1 else torch.cat(out)

@@ -1,4 +1,4 @@
-"""Llama 2 (arXiv 2307.09288; RMSNorm before each sublayer, SwiGLU, RoPE, grouped-query attention) as pipeline stages."""
+"""Llama 2 (arXiv 2307.09288: pre-RMSNorm, SwiGLU, RoPE, grouped-query attention) as pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megallama.data.batch import Batch
 from megallama.model.attention import attention
 from megallama.model.canonical import EMBEDDING, FINAL_NORM, HEAD, block_name
 from megallama.model.rope import Rotation, rotate, rotation
-from megallama.parallel.grads import WeightGrads
+from megallama.parallel.grads import PipelineStage, WeightGrads
 from megallama.parallel.layers import ColumnLinear, Part, RMSNorm, RowLinear, VocabEmbedding, VocabHead
 from megallama.runtime.mesh import Axis
 
@@ -104,12 +104,8 @@ def _recomputed(run, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tens
     return checkpoint(run, x, turn, bounds, use_reentrant=False, preserve_rng_state=False)
 
 
-class Stage(nn.Module):
-    """One pipeline stage of the model on one tp rank.
-
-    Attributes:
-        grads: where the stage's weight gradients go.
-    """
+class Stage(PipelineStage):
+    """One pipeline stage of the model on one tp rank."""
 
     def __init__(self, model: ModelConfig, span: Span, tp: Axis, recompute: str = "none"):
         super().__init__()
@@ -137,7 +133,6 @@ class Stage(nn.Module):
         return x
 
     def units(self) -> list[nn.Module]:
-        """The modules that own parameters, in the order of the forward pass: a bucket holds whole units."""
         return [unit for unit in (self.embed, *self.blocks, self.norm, self.head) if unit is not None]
 
 
@@ -145,5 +140,6 @@ def stage_spans(layers: tuple[int, ...]) -> list[Span]:
     """The spans of stages that hold `layers` blocks each."""
     ends = [sum(layers[: n + 1]) for n in range(len(layers))]
     return [
-        Span(end - size, end, n == 0, n == len(layers) - 1) for n, (size, end) in enumerate(zip(layers, ends, strict=True))
+        Span(end - size, end, n == 0, n == len(layers) - 1)
+        for n, (size, end) in enumerate(zip(layers, ends, strict=True))
     ]

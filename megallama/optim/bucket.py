@@ -154,5 +154,3 @@ def _merge(ranges: list[Range]) -> list[Range]:
         else:
             out.append(Range(lo, hi))
     return out
-
-

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from megallama.config import OptimConfig
 from megallama.optim.bucket import Bucket, Held
-from megallama.parallel.grads import WeightGrads
+from megallama.parallel.grads import PipelineStage, WeightGrads
 from megallama.parallel.pieces import Rect, Slot, pieces
 from megallama.runtime.mesh import Mesh
 
@@ -26,18 +26,17 @@ class Zero1:
     """The optimizer of one rank's stages.
 
     Args:
-        stages: stage number -> module with `.units()` (modules that own parameters, in the order of the forward pass)
-            and `.grads` (WeightGrads).
+        stages: stage number -> stage.
         optim: AdamW's constants.
     """
 
-    def __init__(self, stages: Mapping[int, nn.Module], mesh: Mesh, optim: OptimConfig):
+    def __init__(self, stages: Mapping[int, PipelineStage], mesh: Mesh, optim: OptimConfig):
         self.mesh, self.optim = mesh, optim
         self.updates = 0
         self.buckets: dict[int, list[Bucket]] = {number: self._bucketise(stage) for number, stage in stages.items()}
         self.grads: dict[int, WeightGrads] = {number: stage.grads for number, stage in stages.items()}
 
-    def _bucketise(self, stage: nn.Module) -> list[Bucket]:
+    def _bucketise(self, stage: PipelineStage) -> list[Bucket]:
         """Whole units, from the last to the first, as gradients become ready; a tied embedding is its own bucket,
         identical on both stages, else the copies' updates would differ in the last bit."""
         named = dict(stage.named_parameters())
@@ -61,7 +60,7 @@ class Zero1:
         self._connect(stage, buckets, owners)
         return buckets
 
-    def _connect(self, stage: nn.Module, buckets: list[Bucket], owners: Counter) -> None:
+    def _connect(self, stage: PipelineStage, buckets: list[Bucket], owners: Counter) -> None:
         """Gradients flow into the buckets; a unit waits for its buckets' weights before it runs."""
         bucket_of: dict[Tensor, Bucket] = {}
         for bucket in buckets:
@@ -113,7 +112,9 @@ class Zero1:
     def square_norm(gradients: list[tuple[Bucket, Tensor]]) -> Tensor:
         """Sum of squares (fp64 scalar) of the elements that this rank owns; the global norm sums it over all ranks."""
         parts = [
-            torch.linalg.vector_norm(grad[lo:hi]).double().square() for bucket, grad in gradients for lo, hi in bucket.owned
+            torch.linalg.vector_norm(grad[lo:hi]).double().square()
+            for bucket, grad in gradients
+            for lo, hi in bucket.owned
         ]
         return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 

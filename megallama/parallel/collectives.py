@@ -8,7 +8,7 @@ order: the same inputs give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ from megallama.runtime.mesh import Axis
 class Pending:
     """A collective under way; `wait` returns its result and may be called once."""
 
-    def __init__(self, works: Sequence[dist.Work], finish: Callable[[], Tensor]):
-        self._works, self._finish = works, finish
+    def __init__(self, works: Iterable[dist.Work | None], finish: Callable[[], Tensor]):
+        self._works, self._finish = [work for work in works if work is not None], finish
 
     def wait(self) -> Tensor:
         for work in self._works:

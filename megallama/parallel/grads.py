@@ -6,6 +6,7 @@ every weight gradient, accumulates in full precision, and lets a zero-bubble sch
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,7 +89,6 @@ class WeightGrads:
         taken, self._queue = self._queue, []
         return taken
 
-    @torch.no_grad()
     def _add_product(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
         target = self._target(weight)
         buffer, beta = target.buffer, 0 if target.fresh else 1
@@ -113,3 +113,18 @@ class WeightGrads:
         target.left -= 1
         if target.left == 0:
             self.arrived(weight)
+
+
+class PipelineStage(nn.Module, ABC):
+    """What the engine and the optimizer ask of a stage: forward maps (hidden states or None, Batch) to hidden states,
+    or to the last stage's output.
+
+    Attributes:
+        grads: where the stage's weight gradients go.
+    """
+
+    grads: WeightGrads
+
+    @abstractmethod
+    def units(self) -> list[nn.Module]:
+        """The modules that own parameters, in the order of the forward pass: a bucket holds whole units."""

@@ -30,8 +30,8 @@ class Part(NamedTuple):
 
     def piece(self, cols: int, axis: Axis, at: int) -> Piece:
         held = shard(self.name, (self.rows, cols), 0, axis.rank // self.copies, axis.size // self.copies)
-        kv = {"replicas": "kv", "partial": True} if self.copies > 1 else {}
-        return held._replace(at=(at, 0), **kv)
+        copied = self.copies > 1
+        return held._replace(at=(at, 0), replicas="kv" if copied else "", partial=copied)
 
 
 class _Column(torch.autograd.Function):
@@ -71,12 +71,10 @@ class _Row(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """y (T/tp, hidden) = reduce_scatter(w[tokens - first], zero outside the shard).   dw[tokens - first] += gather(dy)."""
+    """y (T/tp, hidden) = reduce_scatter(w[tokens - first], 0 outside the shard).   dw[tokens - first] += gather(dy)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, first: int, weight: nn.Parameter, axis: Axis, grads: WeightGrads
-    ) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, first: int, weight: nn.Parameter, axis: Axis, grads: WeightGrads) -> Tensor:
         rows = tokens - first
         outside = (rows < 0) | (rows >= weight.shape[0])
         rows = rows.masked_fill(outside, 0)

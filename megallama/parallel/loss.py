@@ -59,7 +59,9 @@ class _LogProbs(torch.autograd.Function):
         weight = (-g * scale)[:, None]
         for lo in range(0, e.shape[0], step):
             part = e[lo : lo + step]
-            part.copy_(part * weight[lo : lo + step]) if part.dtype != scale.dtype else part.mul_(weight[lo : lo + step])
+            part.copy_(part * weight[lo : lo + step]) if part.dtype != scale.dtype else part.mul_(
+                weight[lo : lo + step]
+            )
         e.scatter_add_(1, rows[:, None], g.masked_fill(outside, 0)[:, None].to(e.dtype))
         return e, None, None, None
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megallama.data.batch import Batch
+from megallama.parallel.grads import PipelineStage
 from megallama.pipeline.program import Action
 from megallama.runtime.mesh import Mesh
 
@@ -38,14 +39,13 @@ class Engine:
     """One rank's stages and how they talk to their neighbours.
 
     Args:
-        stages: stage number -> module: (hidden states or None, Batch) -> hidden states, or the last stage's output;
-            `.grads` is its WeightGrads.
+        stages: stage number -> stage.
         boundary: shape of what crosses between stages.
         reduce: called with a stage number once the stage's gradients are complete.
     """
 
     def __init__(
-        self, stages: Mapping[int, nn.Module], boundary: Boundary, mesh: Mesh, reduce: Callable[[int], None]
+        self, stages: Mapping[int, PipelineStage], boundary: Boundary, mesh: Mesh, reduce: Callable[[int], None]
     ):
         self.stages, self.boundary, self.mesh, self.reduce = stages, boundary, mesh, reduce
 
@@ -55,7 +55,9 @@ class Engine:
         run.follow(row)
         return Run(run.losses, run.metrics)
 
-    def infer(self, row: Sequence[Action], micros: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]) -> list[Tensor]:
+    def infer(
+        self, row: Sequence[Action], micros: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]
+    ) -> list[Tensor]:
         """`read(output, batch)` of every micro-batch without gradients, on the last stage's rank; elsewhere []."""
         run = _Infer(self, micros, read)
         with torch.no_grad():
@@ -181,5 +183,6 @@ class _Train(_Pass):
             self._give("B", stage, micro, dx)
 
     def do_W(self, action: Action) -> None:
-        for product in self.products.pop((action.stage, action.micro)):
-            product()
+        with torch.no_grad():
+            for product in self.products.pop((action.stage, action.micro)):
+                product()

@@ -34,7 +34,7 @@ def describe(config: Config, world_size: int) -> str:
             f"{config.micro_batches(world_size)} micro-batches of {t.micro_batch_size} on each replica",
         ),
         ("schedule", f"{p.schedule}, recompute {p.recompute}, {t.dtype}; simulated bubble {100 * idle:.1f} %"),
-        ("work", f"{flops / 1e12:,.1f} TFLOP a step (three forwards, attention counted in full)"),
+        ("work", f"{flops / 1e12:,.2f} TFLOP a step (three forwards, attention counted in full)"),
         (
             "run",
             f"{t.steps:,} steps, {most}{t.steps * tokens:,} tokens, peak learning rate {config.optim.lr:g}",

@@ -29,8 +29,8 @@ from megallama.runtime.launch import World
 
 POLL = 0.5
 """Seconds between two looks at the store."""
-LINGER = 2.5
-"""Seconds that a rank stays once it knows of a failure. The first one leaves a little earlier than the others."""
+LINGER = 5.0
+"""Seconds at most that the first failing rank waits for the others to notice, and they for it to leave."""
 PEER_GONE = re.compile(r"gloo/transport/\S+ (.*?(?:Connection closed by peer|Connection reset by peer|Broken pipe))")
 """How gloo says that a process at the other end has died."""
 LOST = "lost the rendezvous store: rank 0's process or its host is gone"
@@ -76,12 +76,12 @@ def guard(
 
 
 class Watch:
-    """One rank's eye on the job's state, which is four keys of the store: failed, noticed, finished, done."""
+    """One rank's eye on the job's state, kept in keys of the store: failed, noticed N, left; finished, done."""
 
     def __init__(self, world: World, store: dist.Store) -> None:
         self._world = world
         self._store = store.clone()  # connections of our own: the engine's may be blocked in a wait
-        self._finished = False
+        self._finished = self._noticed = False
         self._over = threading.Event()  # this rank knows of a failure, or is done
         threading.Thread(target=self._look, args=(store.clone(),), name="watch", daemon=True).start()
 
@@ -97,17 +97,24 @@ class Watch:
             return self._world.rank == 1
 
     def linger(self) -> None:
-        """Having spoken, wait until all others have noticed: this rank may host the store."""
-        end = time.monotonic() + LINGER - POLL
+        """Having spoken, stay until all others have noticed: this rank may host the store."""
+        others = [f"noticed {rank}" for rank in range(self._world.size) if rank != self._world.rank]
+        end = time.monotonic() + LINGER
         with contextlib.suppress(RuntimeError):
-            while self._store.add("noticed", 0) < self._world.size - 1 and time.monotonic() < end:
+            while not self._store.check(others) and time.monotonic() < end:
                 time.sleep(POLL / 10)
+            self._store.set("left", "")
+        time.sleep(POLL / 2)
 
     def notice(self) -> None:
         """Tell the first failing rank that this one knows, and let it leave first: launchers blame the first to go."""
+        if self._noticed:  # by the other thread of this rank, which ends the process in a moment
+            time.sleep(2 * LINGER)
+        self._noticed = True
         with contextlib.suppress(RuntimeError):
-            self._store.add("noticed", 1)
-        time.sleep(LINGER)
+            self._store.set(f"noticed {self._world.rank}", "")
+            self._store.wait(["left"], datetime.timedelta(seconds=LINGER))
+        time.sleep(POLL)
 
     def finish(self) -> None:
         """Wait until all ranks are here. A rank that fails meanwhile ends this one."""

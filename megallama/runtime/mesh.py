@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Axis(NamedTuple):
-    """One rank's view of a group of ranks; `group` is None where the axis has one rank (or in plans without processes)."""
+    """One rank's view of a group of ranks; `group` is None where the axis has one rank, or in plans without processes."""
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
@@ -42,7 +42,7 @@ class Mesh:
     world: Axis = ONE
     forward: Axis = ONE
     backward: Axis = ONE
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def replicas(self, name: str) -> Axis:
         """The axis whose ranks hold equal copies, by the name that a Piece gives it ("" = no copies)."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from megallama.checkpoint import Checkpointer
-from megallama.config import Config
 from megallama.data.batch import Batch
 from megallama.data.loader import Loader
 from megallama.data.ramp import BatchPlan
@@ -121,7 +120,7 @@ class Loop:
 
     @staticmethod
     def _due(step: int, interval: int, steps: range) -> bool:
-        return step == steps[-1] or bool(interval) and step % interval == 0
+        return step == steps[-1] or (interval > 0 and step % interval == 0)
 
     def _step(self, step: int, micros: list[Batch], loss: Loss, stop: bool) -> tuple[Stats, dict[str, Any]]:
         start = time.perf_counter()

@@ -71,10 +71,12 @@ def pretrain(trainer: Trainer, task: Task) -> None:
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
 
 
-def resume(trainer: Trainer, checkpointer: Checkpointer, fingerprints: dict[str, Any], note: Callable[[str], None]) -> int:
+def resume(
+    trainer: Trainer, checkpointer: Checkpointer, fingerprints: dict[str, Any], note: Callable[[str], None]
+) -> int:
     """Go on from what checkpoint.load names; returns the samples consumed so far. Collective.
 
-    auto is the newest valid checkpoint of this run, if there is one; none starts anew; else it is a checkpoint's folder.
+    auto is the newest valid checkpoint of this run, if there is one; none starts anew; anything else is a checkpoint.
     """
     source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
     assert optimizer is not None, "pretraining trains"
@@ -104,7 +106,9 @@ def pretraining_task(config: Config, mesh: Mesh) -> Task:
     """
     data, model = config.data, config.model
     if not data.sources:
-        raise ValueError("data.sources is empty: name at least one {prefix: …, weight: …} made by tools/preprocess_data.py")
+        raise ValueError(
+            "data.sources is empty: name at least one {prefix: …, weight: …} made by tools/preprocess_data.py"
+        )
     fingerprints = {}
     if data.tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)

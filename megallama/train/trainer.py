@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from megallama.pipeline.schedules import build, forward_only
 from megallama.plan.cost import stage_layers
 from megallama.runtime.mesh import Axis, Mesh
 
+T = TypeVar("T")
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -34,7 +36,7 @@ class Stats(NamedTuple):
         loss: mean over the valid tokens of the global batch (nan where it had none).
         grad_norm: global norm before clipping.
         lr: learning rate of the step.
-        count: valid tokens of the global batch.
+        valid: valid tokens of the global batch.
         skipped: the gradient was not finite, so no rank changed its weights.
         stop: some rank asked to stop after this step.
         metrics: means of the loss function's other metrics, by valid token.
@@ -43,7 +45,7 @@ class Stats(NamedTuple):
     loss: float
     grad_norm: float
     lr: float
-    count: int
+    valid: int
     skipped: bool
     stop: bool
     metrics: dict[str, float]
@@ -139,17 +141,22 @@ class Trainer:
         pp = self.mesh.pp
         if pp.size == 1:
             return results
-        source, last = dist.get_global_rank(pp.group, pp.size - 1), pp.rank == pp.size - 1
-        shapes = [[(r.shape, r.dtype) for r in results]]
-        dist.broadcast_object_list(shapes, source, group=pp.group, device=self.mesh.device)
-        if not last:
-            results = [torch.empty(shape, dtype=dtype, device=self.mesh.device) for shape, dtype in shapes[0]]
+        shapes = self._from_last_stage([(r.shape, r.dtype) for r in results])
+        if pp.rank < pp.size - 1:
+            results = [torch.empty(shape, dtype=dtype, device=self.mesh.device) for shape, dtype in shapes]
         for result in results:
-            dist.broadcast(result, source, group=pp.group)
+            dist.broadcast(result, group=pp.group, group_src=pp.size - 1)
         return results
 
+    def _from_last_stage(self, told: list[T]) -> list[T]:
+        """A small list as the last pipeline rank has it."""
+        pp, box = self.mesh.pp, [told]
+        if pp.size > 1:
+            dist.broadcast_object_list(box, group=pp.group, group_src=pp.size - 1, device=self.mesh.device)
+        return box[0]
+
     def evaluate(self, batches: Iterable[Sequence[Batch]], loss: Loss) -> float:
-        """Mean loss over the valid tokens of all replicas' micro-batches, one forward pass for each list. Collective."""
+        """Mean loss over the valid tokens of all replicas' micro-batches, a forward pass for each list. Collective."""
         total = self._vector([0, 0])
         for micros in batches:
             sums = self.infer(micros, lambda output, batch: loss(output, batch)[0].double())
@@ -173,12 +180,7 @@ class Trainer:
     def _metric_names(self, loss: Loss, metrics: list[dict[str, Tensor]]) -> list[str]:
         """Names of the loss function's metrics; only the last stage sees them, so they are told once."""
         if loss not in self._names:
-            names = [sorted(metrics[0]) if metrics else []]
-            pp = self.mesh.pp
-            if pp.size > 1:
-                source = dist.get_global_rank(pp.group, pp.size - 1)
-                dist.broadcast_object_list(names, source, group=pp.group, device=self.mesh.device)
-            self._names[loss] = names[0]
+            self._names[loss] = self._from_last_stage(sorted(metrics[0]) if metrics else [])
         return self._names[loss]
 
 
