@@ -26,6 +26,7 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("train a model on tokenised text", "megallama.train.pretrain:run"),
+    "generate": Stage("continue prompts greedily with a run's newest checkpoint", "megallama.inference.greedy:run"),
     "verify": Stage("prove a layout: its gradients against those of one process", "megallama.train.verify:run"),
 }
 

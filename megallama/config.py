@@ -236,6 +236,19 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """Greedy continuations by the run's newest checkpoint (stage `generate`).
+
+    Args:
+        prompts: texts to continue.
+        max_new_tokens: most tokens added to each.
+    """
+
+    prompts: tuple[str, ...] = ("The",)
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. Every key can be set in YAML and on the command line as --section.key value.
 
@@ -247,6 +260,7 @@ class Config:
         optim: optimizer and schedule.
         checkpoint: saving and loading.
         log: logging.
+        generate: continuations of prompts.
         output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/.
     """
 
@@ -257,6 +271,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     output_dir: str = "runs/default"
 
     def data_parallel(self, world_size: int) -> int:

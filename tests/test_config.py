@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallama import checks, options
@@ -96,15 +96,12 @@ CONFIGS = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CONFIGS)
-def test_a_dump_loads_back_equal(config: Config) -> None:
-    path = Path("config.yaml")
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(dump(config))
-        assert load(["--config", str(path)]) == config
+def test_a_dump_loads_back_equal(tmp_path: Path, config: Config) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config))
+    assert load(["--config", str(path)]) == config
 
 
 @pytest.mark.parametrize(
@@ -112,7 +109,6 @@ def test_a_dump_loads_back_equal(config: Config) -> None:
     [
         ("optim.learning_rate", "optim.lr"),
         ("lr", "optim.lr"),
-        ("modle.hidden_size", "model.hidden_size"),
         ("model.num_layers", "model.num_hidden_layers"),
         ("parallel.tensor_parallel_size", "parallel.tp"),
         ("parallel.pipeline_parallel_size", "parallel.pp"),
@@ -132,6 +128,15 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str, tmp_path: Path
     with pytest.raises(ValueError) as caught:
         load(["--config", str(path)])
     assert f"{path}: {expected}" in str(caught.value)
+
+
+def test_an_unknown_section_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown key modle\.hidden_size; did you mean model\.hidden_size\?"):
+        load(["--modle.hidden_size", "64"])
+    path = tmp_path / "bad.yaml"
+    path.write_text("modle: {hidden_size: 64}")
+    with pytest.raises(ValueError, match=r"unknown key modle; did you mean model\?"):
+        load(["--config", str(path)])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ micro-batches of a training step are in `data.batch` and `data.loader`, which ne
 
 from .indexed import IndexedDataset, IndexedWriter, best_dtype
 from .order import Blend, Order, key, permute
+from .provenance import check_vocabulary
 from .samples import Corpus, Location, Mixture, Sample, open_mixture
 from .text import Reading, find_files
 from .tokenizer import Tokenizer, load_tokenizer, wrap_tokenizer
@@ -23,6 +24,7 @@ __all__ = [
     "Sample",
     "Tokenizer",
     "best_dtype",
+    "check_vocabulary",
     "find_files",
     "key",
     "load_tokenizer",

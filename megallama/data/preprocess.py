@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .indexed import IndexedDataset, IndexedWriter, best_dtype
+from .provenance import read_json, write_json
 from .text import Reading, Slice, cut, find_files, read
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -129,7 +130,7 @@ def specials(tokenizer: Tokenizer, recipe: Recipe) -> tuple[list[int], list[int]
 
 def finished(job: Job) -> Summary | None:
     """The summary of a result that is there already and was made under the same settings, else None."""
-    made = _read_json(Path(job.prefix + ".json"))
+    made = read_json(job.prefix + ".json")
     if made is None or made["settings"] != job.settings:
         return None
     try:
@@ -149,7 +150,7 @@ def prepare(job: Job) -> tuple[list[int], str]:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         written = job.folder / "settings.json"
-        before = _read_json(written)
+        before = read_json(written)
         note = ""
         if before != job.settings:
             if before is not None:
@@ -158,7 +159,7 @@ def prepare(job: Job) -> tuple[list[int], str]:
             for path in job.folder.iterdir():
                 if path.name != "lock":
                     path.unlink()
-            _write_json(written, job.settings)
+            write_json(written, job.settings)
     except OSError as error:
         raise ValueError(
             f"{job.prefix}: cannot be written ({error.strerror}); choose another --output-prefix"
@@ -171,7 +172,7 @@ def prepare(job: Job) -> tuple[list[int], str]:
 
 def _is_finished(job: Job, n: int) -> bool:
     """Whether part n is complete on disk, by its .json (written last) and the ends of its files."""
-    info = _read_json(Path(job.part(n) + ".json"))
+    info = read_json(job.part(n) + ".json")
     if info is None:
         return False
     try:
@@ -252,7 +253,7 @@ def encode_part(job: Job, n: int, tokenizer: Tokenizer, report: Report) -> None:
                     waiting, reported = 0, record.done
             report(piece.size - reported, flush())
     info = {"documents": writer.num_documents, "tokens": writer.num_tokens, "bad": bad, "empty": empty, "lines": lines}
-    _write_json(Path(job.part(n) + ".json"), info)
+    write_json(job.part(n) + ".json", info)
 
 
 def _stop_early(piece: Slice, problem: str, bad: int, seen: int) -> None:
@@ -332,7 +333,7 @@ def join(job: Job, max_bad_fraction: float) -> Summary:
     Raises:
         ValueError: too many bad records, or no document at all; nothing is written but OUT.bad.jsonl.
     """
-    infos = [_read_json(Path(job.part(n) + ".json")) or {} for n in range(len(job.parts))]
+    infos = [read_json(job.part(n) + ".json") or {} for n in range(len(job.parts))]
     documents, tokens, bad, empty = (sum(i[k] for i in infos) for k in ("documents", "tokens", "bad", "empty"))
     summary = Summary(documents, tokens, bad, empty)
     first = _quarantine(job, [info["lines"] for info in infos], bad)
@@ -346,7 +347,7 @@ def join(job: Job, max_bad_fraction: float) -> Summary:
     with IndexedWriter(job.prefix, best_dtype(job.settings["vocab_size"])) as writer:
         for n in range(len(job.parts)):
             writer.extend(IndexedDataset(job.part(n)))
-    _write_json(Path(job.prefix + ".json"), {"settings": job.settings, "summary": summary})
+    write_json(job.prefix + ".json", {"settings": job.settings, "summary": summary})
     shutil.rmtree(job.folder)
     return summary
 
@@ -372,18 +373,3 @@ def _quarantine(job: Job, lines: Sequence[Sequence[int]], bad: int) -> str:
                     record = {"file": piece.path, "line": line, "problem": entry["problem"], "text": entry["text"]}
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
     return first
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no such file or it is not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

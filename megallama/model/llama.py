@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,9 +12,11 @@ from megallama.config import ModelConfig
 from megallama.data.batch import Batch
 from megallama.model.attention import attention
 from megallama.model.canonical import EMBEDDING, FINAL_NORM, HEAD, block_name
-from megallama.model.rope import Rotation, rotate, rotation
+from megallama.model.rope import Rotation, rotation
+from megallama.model.segments import PLAIN, Segments
 from megallama.parallel.grads import PipelineStage, WeightGrads
-from megallama.parallel.layers import ColumnLinear, Part, RMSNorm, RowLinear, VocabEmbedding, VocabHead
+from megallama.parallel.layers import ColumnLinear, Part, RowLinear, VocabEmbedding, VocabHead
+from megallama.parallel.pieces import whole
 from megallama.runtime.mesh import Axis
 
 RECOMPUTE = ("none", "selective", "full")
@@ -29,26 +31,42 @@ class Span(NamedTuple):
     head: bool
 
 
+class RMSNorm(nn.Module):
+    """A norm over the hidden dim. Every tp rank sees only its own tokens, so each copy's gradient is a part."""
+
+    def __init__(self, name: str, hidden: int, eps: float, segments: Segments):
+        super().__init__()
+        self.eps, self.segments = eps, segments
+        self.weight = nn.Parameter(torch.ones(hidden))
+        self.pieces = {"weight": [whole(name, (hidden,), "tp", partial=True)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T/tp, hidden) -> (T/tp, hidden)."""
+        return self.segments.rms_norm(x, self.weight, self.eps)
+
+
 class AttentionCore(nn.Module):
     """The rotary turn and attention itself, between the QKV and output projections."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int):
+    def __init__(self, heads: int, kv_heads: int, segments: Segments):
         super().__init__()
-        self.split, self.head_dim = (heads, kv_heads, kv_heads), head_dim
+        self.heads, self.kv_heads, self.segments = heads, kv_heads, segments
 
     def forward(self, qkv: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
         """(T, (heads + 2 kv heads) * head_dim) -> (T, heads * head_dim)."""
-        q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.split, 1)
-        return attention(rotate(q, turn), rotate(k, turn), v, bounds)
+        return attention(*self.segments.split_rotate(qkv, turn, self.heads, self.kv_heads), bounds)
 
 
 class SwiGLU(nn.Module):
     """silu(gate) * up, between the two projections of the feed-forward."""
 
+    def __init__(self, segments: Segments):
+        super().__init__()
+        self.segments = segments
+
     def forward(self, gate_up: Tensor) -> Tensor:
         """(T, 2 ffn) -> (T, ffn)."""
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return self.segments.swiglu(gate_up)
 
 
 class Block(nn.Module):
@@ -58,12 +76,14 @@ class Block(nn.Module):
         recompute: none, selective (attention core) or full (the whole block) in backward.
     """
 
-    def __init__(self, model: ModelConfig, layer: int, tp: Axis, grads: WeightGrads, recompute: str):
+    def __init__(
+        self, model: ModelConfig, layer: int, tp: Axis, grads: WeightGrads, recompute: str, segments: Segments
+    ):
         super().__init__()
         d, kv, hd, ffn = model.hidden_size, model.num_key_value_heads, model.head_dim, model.intermediate_size
         copies, name = max(1, tp.size // kv), block_name(layer)
         self.recompute = recompute
-        self.input_norm = RMSNorm(name + "input_layernorm.weight", d, model.rms_norm_eps)
+        self.input_norm = RMSNorm(name + "input_layernorm.weight", d, model.rms_norm_eps, segments)
         self.qkv = ColumnLinear(
             [
                 Part(name + "self_attn.q_proj.weight", d),
@@ -74,13 +94,13 @@ class Block(nn.Module):
             tp,
             grads,
         )
-        self.core = AttentionCore(model.num_attention_heads // tp.size, kv * copies // tp.size, hd)
+        self.core = AttentionCore(model.num_attention_heads // tp.size, kv * copies // tp.size, segments)
         self.o = RowLinear(name + "self_attn.o_proj.weight", d, d, tp, grads)
-        self.post_norm = RMSNorm(name + "post_attention_layernorm.weight", d, model.rms_norm_eps)
+        self.post_norm = RMSNorm(name + "post_attention_layernorm.weight", d, model.rms_norm_eps, segments)
         self.gate_up = ColumnLinear(
             [Part(name + "mlp.gate_proj.weight", ffn), Part(name + "mlp.up_proj.weight", ffn)], d, tp, grads
         )
-        self.swiglu = SwiGLU()
+        self.swiglu = SwiGLU(segments)
         self.down = RowLinear(name + "mlp.down_proj.weight", d, ffn, tp, grads)
 
     def forward(self, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
@@ -105,17 +125,24 @@ def _recomputed(run, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tens
 
 
 class Stage(PipelineStage):
-    """One pipeline stage of the model on one tp rank."""
+    """One pipeline stage of the model on one tp rank.
 
-    def __init__(self, model: ModelConfig, span: Span, tp: Axis, recompute: str = "none"):
+    Args:
+        recompute: as Block's.
+        segments: the element-wise functions, plain or compiled.
+    """
+
+    def __init__(self, model: ModelConfig, span: Span, tp: Axis, recompute: str = "none", segments: Segments = PLAIN):
         super().__init__()
         self.model, self.span, self.tp = model, span, tp
         self.grads = WeightGrads()
         vocab, d, tie = model.vocab_size, model.hidden_size, model.tie_word_embeddings
         split = tie and not (span.embed and span.head)
         self.embed = VocabEmbedding(EMBEDDING, vocab, d, tp, self.grads, split) if span.embed else None
-        self.blocks = nn.ModuleList(Block(model, n, tp, self.grads, recompute) for n in range(span.first, span.last))
-        self.norm = RMSNorm(FINAL_NORM, d, model.rms_norm_eps) if span.head else None
+        self.blocks = nn.ModuleList(
+            Block(model, n, tp, self.grads, recompute, segments) for n in range(span.first, span.last)
+        )
+        self.norm = RMSNorm(FINAL_NORM, d, model.rms_norm_eps, segments) if span.head else None
         self.head = VocabHead(EMBEDDING if tie else HEAD, vocab, d, tp, self.grads, split) if span.head else None
         if tie and self.embed and self.head:
             self.head.share(self.embed.weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megallama.parallel.collectives import all_gather, reduce_scatter, start_all_gather, start_reduce_scatter
 from megallama.parallel.grads import WeightGrads
-from megallama.parallel.pieces import Piece, shard, whole
+from megallama.parallel.pieces import Piece, shard
 from megallama.runtime.mesh import Axis
 
 
@@ -175,26 +175,3 @@ def vocab_piece(name: str, vocab: int, hidden: int, axis: Axis, tied: bool) -> P
     """This tp rank's rows of a vocabulary matrix; its copy on the other end of the pipeline is a partial replica."""
     held = shard(name, (vocab, hidden), 0, axis.rank, axis.size)
     return held._replace(replicas="tied", partial=True) if tied else held
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim (Zhang & Sennrich 2019), computed in at least fp32.
-
-    Every tp rank sees only its own tokens, so each copy of the weight gets a partial gradient.
-    """
-
-    def __init__(self, name: str, hidden: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden))
-        self.pieces = {"weight": [whole(name, (hidden,), "tp", partial=True)]}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T/tp, hidden) -> (T/tp, hidden)."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm as HF Llama rounds it: normalised in at least fp32, cast back, then scaled."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

@@ -7,7 +7,7 @@ conversion are one operation on these: intersect rectangles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -116,6 +116,16 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
         for path, module in model.named_modules()
         for name, held in getattr(module, "pieces", {}).items()
     }
+
+
+def fill(model: nn.Module, read: Callable[[str, Rect, Tensor], None]) -> None:
+    """Read all local parameters from a source: `read(name, rect, out)` writes a canonical rectangle to `out`."""
+    parameters = dict(model.named_parameters())
+    for path, held in pieces(model).items():
+        local = parameters[path].data.view(matrix(tuple(parameters[path].shape)))
+        for piece in held:
+            place = piece.local
+            read(piece.name, piece.rect, local[place.r0 : place.r1, place.c0 : place.c1])
 
 
 def cut(held: Iterable[Piece], cols: int, window: Rect, start: int, owner: dict[str, bool]) -> Iterator[Slot]:

@@ -20,6 +20,10 @@ Loss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
 """(sum over the micro-batch's valid tokens, sums of other metrics) from the last stage's output."""
 
 
+Read = Callable[[Tensor, Batch], Tensor]
+"""What to keep of the last stage's output."""
+
+
 class Boundary(NamedTuple):
     """What crosses from stage to stage: (tokens / tp, width) of `dtype`; `stages` is their total number."""
 
@@ -55,9 +59,7 @@ class Engine:
         run.follow(row)
         return Run(run.losses, run.metrics)
 
-    def infer(
-        self, row: Sequence[Action], micros: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]
-    ) -> list[Tensor]:
+    def infer(self, row: Sequence[Action], micros: Sequence[Batch], read: Read) -> list[Tensor]:
         """`read(output, batch)` of every micro-batch without gradients, on the last stage's rank; elsewhere []."""
         run = _Infer(self, micros, read)
         with torch.no_grad():
@@ -72,13 +74,15 @@ class _Pass:
         self.engine, self.micros = engine, micros
         self.outgoing: dict[tuple[str, int, int], Tensor] = {}
         self.incoming: dict[tuple[str, int, int], tuple[Tensor, dist.Work | None]] = {}
-        self.sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self.sent: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def follow(self, row: Sequence[Action]) -> None:
         for action in row:
             getattr(self, "do_" + action.kind)(action)
         while self.sent:
-            self.sent.popleft()[0].wait()
+            work, _ = self.sent.popleft()
+            if work is not None:
+                work.wait()
 
     def _link(self, action: Action, sends: bool) -> tuple[dist.ProcessGroup, int, int]:
         """Communicator, peer rank and tag of a transfer. Both ends name it by its receiving stage."""
@@ -93,7 +97,7 @@ class _Pass:
         tensor = self.outgoing.pop((action.kind[1], action.stage, action.micro))
         group, peer, tag = self._link(action, sends=True)
         self.sent.append((dist.isend(tensor, group=group, group_dst=peer, tag=tag), tensor))
-        while self.sent and self.sent[0][0].is_completed():
+        while self.sent and (self.sent[0][0] is None or self.sent[0][0].is_completed()):
             self.sent.popleft()
 
     def _receive(self, action: Action) -> None:
@@ -129,9 +133,10 @@ class _Pass:
 
 
 class _Infer(_Pass):
-    def __init__(self, engine: Engine, micros: Sequence[Batch], read: Callable[[Tensor, Batch], Tensor]):
+    def __init__(self, engine: Engine, micros: Sequence[Batch], read: Read):
         super().__init__(engine, micros)
-        self.read, self.results = read, []
+        self.read = read
+        self.results: list[Tensor] = []
 
     def do_F(self, action: Action) -> None:
         _, stage, micro = action

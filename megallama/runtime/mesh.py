@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 class Axis(NamedTuple):
-    """One rank's view of a group of ranks; `group` is None where the axis has one rank, or in plans without processes."""
+    """One rank's view of a group of ranks; `group` is None for an axis of one rank, and in plans without processes."""
 
     group: dist.ProcessGroup | None = None
     rank: int = 0

@@ -15,6 +15,7 @@ from megallama.config import Config
 from megallama.data.batch import IGNORE, Batch
 from megallama.model.initial import RandomWeights
 from megallama.model.llama import Stage, stage_spans
+from megallama.model.segments import PLAIN, compiled
 from megallama.optim import Zero1, learning_rate
 from megallama.parallel.collectives import all_reduce
 from megallama.parallel.loss import cross_entropy_sum
@@ -66,10 +67,10 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, Stage]:
     """This rank's stages, weights still zero: chunk c of pipeline rank r is stage c * pp + r."""
     parallel = config.parallel
     spans = stage_spans(stage_layers(config.model, parallel, config.data.seq_length))
-    dtype = DTYPES[config.train.dtype]
+    dtype, segments = DTYPES[config.train.dtype], compiled() if config.train.compile else PLAIN
     with mesh.device:
         return {
-            number: Stage(config.model, spans[number], mesh.tp, parallel.recompute).to(dtype)
+            number: Stage(config.model, spans[number], mesh.tp, parallel.recompute, segments).to(dtype)
             for number in range(mesh.pp.rank, len(spans), parallel.pp)
         }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,8 @@ def model_config(path: Path) -> ModelConfig:
         )
     if found.get("head_dim") not in (None, config.head_dim):
         raise ValueError(
-            f"{path}: head_dim is {found['head_dim']}; only hidden_size / num_attention_heads = {config.head_dim} is supported"
+            f"{path}: head_dim is {found['head_dim']}; only hidden_size / num_attention_heads = {config.head_dim} "
+            f"is supported"
         )
     return config
 
@@ -291,7 +291,8 @@ def _write_weights(
     store: Store, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: torch.dtype, limit: int
 ) -> None:
     shards = _shards(shapes, dtype.itemsize, limit)
-    placed, total = {}, 0
+    placed: dict[str, str] = {}
+    total = 0
     for n, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _whole(store, name, shapes[name], dtype) for name in names}
@@ -342,12 +343,16 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
     if source.name == "tokenizer.json":
         source = source.parent  # the files that name its special tokens lie beside it
     if source.is_dir():
-        _copy((source / name for name in TOKENIZER_FILES if (source / name).is_file()), folder)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         return
     opened = load_tokenizer(source)
     if isinstance(opened, SentencePieceTokenizer):
         shutil.copyfile(source, folder / "tokenizer.model")
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": True})
+        # No BOS: pretraining puts an EOS after each document and nothing before it.
+        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": False, "add_eos_token": False}
+        _write_json(folder / "tokenizer_config.json", settings)
         return
     content = _json(source)
     names = {}
@@ -356,11 +361,6 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
         content = content["tokenizer"]
     _write_json(folder / "tokenizer.json", content)
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
-
-
-def _copy(paths: Iterable[Path], folder: Path) -> None:
-    for path in paths:
-        shutil.copyfile(path, folder / path.name)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,68 @@
+"""A small tokenizer, small datasets with a known content, and a way to run the tools as users do."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megallama.data import IndexedDataset, IndexedWriter
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or 12 1984 é ß 漢字".split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Documents of a few words or of none of the usual kind, always the same."""
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) + f" n{i}.\n" for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 400 ids with Llama 2's special tokens."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(300)), model_writer=out, vocab_size=400, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    path.write_bytes(out.getvalue())
+    return path
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[[Sequence[int], str], IndexedDataset]:
+    """make_dataset(document lengths, name): tokens count up from 0 over the whole stream, so each tells its place."""
+
+    def make(lengths: Sequence[int], name: str = "corpus") -> IndexedDataset:
+        with IndexedWriter(tmp_path / name, np.int32) as writer:
+            for length in lengths:
+                writer.add_document(np.arange(length) + writer.num_tokens)
+        return IndexedDataset(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """tool("preprocess_data", "--input", …): runs tools/preprocess_data.py and returns what it said."""
+
+    def run(name: str, *arguments: object, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        command = [*launcher, sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=tool_environment(), timeout=120)
+
+    return run
+
+
+def tool_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
