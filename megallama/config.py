@@ -7,9 +7,7 @@ A new section is a dataclass whose docstring has an `Args:` part, a field of `Co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-
-import yaml
+from dataclasses import dataclass, field
 
 from megallama import checks, options
 from megallama.presets import PRESETS
@@ -314,10 +312,4 @@ def load(argv: Sequence[str]) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `load` reads it back equal."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, tuple) else value
-
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False)
+    return options.dump(config)

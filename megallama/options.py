@@ -11,12 +11,26 @@ import json
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a string that `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 class Option(NamedTuple):
@@ -89,6 +103,17 @@ def build(cls: Any, given: dict[str, Any]) -> Any:
     return cls(**{k: value(hints[k], x) for k, x in given.items()})
 
 
+def dump(instance: Any) -> str:
+    """An instance of a dataclass as YAML, every key spelled out; `parse` and `build` read it back equal."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return yaml.dump(plain(asdict(instance)), Dumper=_Dumper, sort_keys=False)
+
+
 def describe(cls: Any) -> str:
     """The keys below `cls` with their types, help and defaults, one section after the other: the text of `--help`."""
     lines: list[str] = []
@@ -127,16 +152,6 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             raise ValueError("--config needs the name of a YAML file")
         files.append(file)
     return files, rest
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: 1e-4 is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
-)
 
 
 def _read(file: str) -> dict[str, Any]:

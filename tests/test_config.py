@@ -96,7 +96,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CONFIGS)
 def test_a_dump_loads_back_equal(tmp_path: Path, config: Config) -> None:
     path = tmp_path / "config.yaml"

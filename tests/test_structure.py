@@ -22,7 +22,7 @@ FLOORS = {
     "megallama.plan": 1,
     "megallama.runtime": 1,
     "megallama.parallel": 2,
-    "megallama.pipeline.engine": 2,
+    "megallama.pipeline.engine": 3,  # hands gradients over to parallel
     "megallama.model": 3,
     "megallama.optim": 3,
     "megallama.checkpoint": 4,
@@ -60,14 +60,22 @@ def imported(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import; spell it out"
+            origin = origin_of(node, module)
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in SOURCES else str(node.module)
+                whole = f"{origin}.{alias.name}"
+                yield whole if whole in SOURCES else origin
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
     return {name for name in visit(ast.parse(SOURCES[module].read_text())) if name in SOURCES} - {module}
+
+
+def origin_of(node: ast.ImportFrom, module: str) -> str:
+    """The absolute name of the module that a `from ... import` in `module` reads."""
+    if not node.level:
+        return str(node.module)
+    parts = [*module.split("."), *(["__init__"] if SOURCES[module].stem == "__init__" else [])]
+    return ".".join([*parts[: -node.level], *([node.module] if node.module else [])])
 
 
 def room(module: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megallama.data import IndexedDataset, Tokenizer, load_tokenizer, open_mixture
+from megallama.data.ramp import BatchPlan
 
 EXCERPT = 120  # characters of each sample shown by --run
 
@@ -65,11 +66,13 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def step_samples(run: Path, config: dict[str, Any], step: int) -> range:
-    """The global samples of step `step` (1 is the first), from metrics.jsonl where it has the step.
+    """The global samples of step `step` (1 is the first): from metrics.jsonl where it has the step, else as planned.
 
     Raises:
-        ValueError: the step is not known.
+        ValueError: there is no such step.
     """
+    if not 1 <= step <= config["train"].get("steps", step):
+        raise ValueError(f"--step {step}: the run has steps 1 to {config['train'].get('steps', '…')}")
     consumed = {0: 0}
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
@@ -78,12 +81,10 @@ def step_samples(run: Path, config: dict[str, Any], step: int) -> range:
                 if line.endswith("\n"):  # the last one may still be on its way
                     record = json.loads(line)
                     consumed[record["step"]] = record["consumed_samples"]
-    if step >= 1 and step in consumed and step - 1 in consumed:
+    if step in consumed and step - 1 in consumed:
         return range(consumed[step - 1], consumed[step])
-    train = config["train"]
-    if step >= 1 and not train.get("ramp"):
-        return range((step - 1) * train["global_batch_size"], step * train["global_batch_size"])
-    raise ValueError(f"--step {step} is not in {metrics}, which has steps 1 to {max(consumed)}")
+    first, size = BatchPlan(config["train"]["global_batch_size"], **(config["train"].get("ramp") or {}))(step)
+    return range(first, first + size)
 
 
 def show_step(run: Path, step: int, tokenizer: Tokenizer | None) -> str:

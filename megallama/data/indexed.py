@@ -11,11 +11,11 @@ billion; each lookup checks the entries that it uses.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -35,29 +35,70 @@ def best_dtype(vocab_size: int) -> np.dtype:
     return DTYPES[8] if vocab_size < 65_500 else DTYPES[4]
 
 
+def pread(file: IO[bytes], at: int, size: int) -> bytes:
+    """Bytes [at, at + size) of an open file.
+
+    Files are read like this and not mapped: resident memory does not grow with what has been visited, and a file that
+    shrinks while it is in use is an error instead of a crash.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    blocks, end = [], at + size
+    while at < end:
+        block = os.pread(file.fileno(), min(end - at, 1 << 30), at)
+        if not block:
+            raise ValueError(f"{file.name}: ends at byte {at}, it was longer when opened; was it rewritten?")
+        blocks.append(block)
+        at += len(block)
+    return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array of integers inside an .idx file: `count` entries of `dtype` from byte `at`."""
+
+    file: IO[bytes]
+    at: int
+    count: int
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, k: int) -> int:
+        """Entry k, 0 <= k < count."""
+        width = self.dtype.itemsize
+        return int.from_bytes(pread(self.file, self.at + k * width, width), "little", signed=True)
+
+    def block(self, lo: int, hi: int) -> np.ndarray:
+        """Entries [lo, min(hi, count)), in the native order of bytes."""
+        width, hi = self.dtype.itemsize, min(hi, self.count)
+        return np.frombuffer(pread(self.file, self.at + lo * width, (hi - lo) * width), self.dtype)
+
+
 class Index(NamedTuple):
-    """The arrays of an .idx file, as views of its mapping (no page is read before it is touched)."""
+    """An .idx file, opened: type of the tokens, and its three arrays."""
 
     dtype: np.dtype
-    lengths: np.ndarray
-    offsets: np.ndarray
-    boundaries: np.ndarray
+    lengths: Column
+    offsets: Column
+    boundaries: Column
 
 
-def read_index(path: Path) -> Index:
-    """Map an .idx file, checking the header and that every count fits the file before any array is made.
+def open_index(path: Path) -> Index:
+    """Open an .idx file, checking the header and that the counts fit the file's size.
 
     Raises:
         ValueError: no such file, wrong magic, version or dtype code, or counts that the file cannot hold.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a source is named by its prefix, the path without .bin or .idx")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < HEADER.size:
-            raise ValueError(f"{path}: {size} bytes cannot hold the {HEADER.size}-byte header; preprocess it again")
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    magic, version, code, sequences, boundaries = HEADER.unpack_from(view)
+    file = path.open("rb", buffering=0)
+    size = os.fstat(file.fileno()).st_size
+    if size < HEADER.size:
+        raise ValueError(f"{path}: {size} bytes cannot hold the {HEADER.size}-byte header; preprocess it again")
+    magic, version, code, sequences, boundaries = HEADER.unpack(pread(file, 0, HEADER.size))
     if magic != MAGIC:
         raise ValueError(f"{path}: begins with {magic!r} instead of {MAGIC!r}; it is not an indexed dataset")
     if version != 1:
@@ -71,10 +112,13 @@ def read_index(path: Path) -> Index:
             f"{path}: {sequences} sequences and {boundaries} document boundaries need {need} bytes, "
             f"the file has {size}; it is truncated or damaged: preprocess or copy it again"
         )
-    at = HEADER.size
-    lengths = np.frombuffer(view, "<i4", sequences, at)
-    offsets = np.frombuffer(view, "<i8", sequences, at + sequences * 4)
-    return Index(DTYPES[code], lengths, offsets, np.frombuffer(view, "<i8", boundaries, at + sequences * 12))
+    at, length, place = HEADER.size, np.dtype("<i4"), np.dtype("<i8")
+    return Index(
+        DTYPES[code],
+        Column(file, at, sequences, length),
+        Column(file, at + sequences * 4, sequences, place),
+        Column(file, at + sequences * 12, boundaries, place),
+    )
 
 
 class IndexedDataset:
@@ -90,7 +134,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str]):
         self.prefix = os.fspath(prefix)
         self.index_path, self.data_path = Path(self.prefix + ".idx"), Path(self.prefix + ".bin")
-        self.dtype, self._lengths, self._offsets, self._boundaries = read_index(self.index_path)
+        self.dtype, self._lengths, self._offsets, self._boundaries = open_index(self.index_path)
         if not self.data_path.is_file():
             raise ValueError(f"{self.data_path}: no such file, but {self.index_path} is there; copy both")
         self._data = self.data_path.open("rb", buffering=0)
@@ -98,28 +142,32 @@ class IndexedDataset:
 
     def _check_ends(self, size: int) -> None:
         """First and last entries of the index against each other and against the .bin's `size` in bytes."""
-        sequences, documents = len(self._lengths), len(self._boundaries) - 1
-        if documents < 0 or self._boundaries[0] != 0 or self._boundaries[-1] != sequences:
-            found = "none" if documents < 0 else f"{self._boundaries[0]} … {self._boundaries[-1]}"
+        sequences, width = self.num_sequences, self.dtype.itemsize
+        first, last = (
+            (self._boundaries[0], self._boundaries[len(self._boundaries) - 1])
+            if len(self._boundaries)
+            else (None, None)
+        )
+        if (first, last) != (0, sequences):
             raise ValueError(
-                f"{self.index_path}: document boundaries run {found}, expected 0 … {sequences} (its sequences); "
-                "it is damaged: preprocess it again"
+                f"{self.index_path}: document boundaries run {first} … {last}, expected 0 … {sequences}, "
+                "the number of its sequences; it is damaged: preprocess it again"
             )
         end = 0
         if sequences:
-            first, last, length = int(self._offsets[0]), int(self._offsets[-1]), int(self._lengths[-1])
-            if first != 0 or last < 0 or last % self.dtype.itemsize or length < 0 or int(self._lengths[0]) < 0:
+            begin, tail, length = self._offsets[0], self._offsets[sequences - 1], self._lengths[sequences - 1]
+            if begin != 0 or tail < 0 or tail % width or length < 0 or self._lengths[0] < 0:
                 raise ValueError(
-                    f"{self.index_path}: first offset {first}, last offset {last}, last length {length} are no places "
-                    f"in a stream of {self.dtype.itemsize}-byte tokens; it is damaged: preprocess it again"
+                    f"{self.index_path}: first offset {begin}, last offset {tail}, last length {length} are no places "
+                    f"in a stream of {width}-byte tokens; it is damaged: preprocess it again"
                 )
-            end = last + length * self.dtype.itemsize
+            end = tail + length * width
         if end > size:
             raise ValueError(
                 f"{self.data_path}: {size} bytes, but {self.index_path.name} needs {end}; "
                 "it is truncated or belongs to another index: preprocess or copy both again"
             )
-        self.num_tokens = end // self.dtype.itemsize
+        self.num_tokens = end // width
 
     def __len__(self) -> int:
         return self.num_documents
@@ -136,26 +184,22 @@ class IndexedDataset:
         return len(self._lengths)
 
     def document_start(self, k: int) -> int:
-        """Token offset of document k, 0 <= k <= num_documents (the last one is the end of the stream)."""
-        return int(self.starts(k, k + 1)[0])
-
-    def starts(self, first: int, last: int) -> np.ndarray:
-        """Token offsets of documents [first, last), last <= num_documents + 1, int64; checks the entries it reads.
+        """Token offset of document k, 0 <= k <= num_documents (the last one is the end of the stream).
 
         Raises:
-            ValueError: an entry is damaged.
+            ValueError: the index's entry is damaged.
         """
-        sequences, end = self._boundaries[first:last], self.num_tokens * self.dtype.itemsize
-        inside = (sequences >= 0) & (sequences < self.num_sequences)
-        offsets = np.where(sequences == self.num_sequences, end, -1)
-        offsets[inside] = self._offsets[sequences[inside]]
-        wrong = np.flatnonzero((offsets < 0) | (offsets > end) | (offsets % self.dtype.itemsize != 0))
-        if wrong.size:
+        sequence = self._boundaries[k]
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        offset = self._offsets[sequence] if 0 <= sequence < self.num_sequences else -1
+        start, rest = divmod(offset, self.dtype.itemsize)
+        if rest or not 0 <= start <= self.num_tokens:
             raise ValueError(
-                f"{self.index_path}: document {first + int(wrong[0])} begins at sequence {sequences[wrong[0]]} of "
-                f"{self.num_sequences}, byte {offsets[wrong[0]]}: the entry is damaged; preprocess it again"
+                f"{self.index_path}: document {k} begins at sequence {sequence} of {self.num_sequences}, "
+                f"byte {offset}: the entry is damaged; preprocess it again"
             )
-        return offsets // self.dtype.itemsize
+        return start
 
     def document(self, k: int) -> np.ndarray:
         """Token ids of document k, (length,) in the file's dtype.
@@ -167,21 +211,36 @@ class IndexedDataset:
             raise IndexError(f"document {k} of {self.prefix}: it has documents 0 to {self.num_documents - 1}")
         return self.tokens(self.document_start(k), self.document_start(k + 1))
 
+    def document_lengths(self, lo: int, hi: int) -> np.ndarray:
+        """Tokens of documents [lo, hi), int64, read as blocks of the index.
+
+        Raises:
+            ValueError: the boundaries are damaged.
+        """
+        boundaries = self._boundaries.block(lo, hi + 1)
+        if (np.diff(boundaries, prepend=0, append=self.num_sequences) < 0).any():
+            raise ValueError(f"{self.index_path}: boundaries of documents {lo} to {hi} descend; preprocess it again")
+        lengths = self._lengths.block(int(boundaries[0]), int(boundaries[-1]))
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return np.diff(ends[boundaries - boundaries[0]])
+
     def document_at(self, token: int) -> int:
         """The document that holds token number `token` of the stream; O(log n)."""
         return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
     def document_starts(self, lo: int, hi: int) -> np.ndarray:
         """Token offsets in [lo, hi) at which a document begins, ascending, int64; O(log n + found)."""
-        first = bisect_left(range(self.num_documents), lo, key=self.document_start)
-        last = bisect_left(range(self.num_documents), hi, first, key=self.document_start)
-        return np.unique(self.starts(first, last))  # an empty document begins where the next one does
+        starts: list[int] = []
+        for k in range(bisect_left(range(self.num_documents), lo, key=self.document_start), self.num_documents):
+            start = self.document_start(k)
+            if start >= hi:
+                break
+            if not starts or start > starts[-1]:  # an empty document begins where the next one does
+                starts.append(start)
+        return np.array(starts, np.int64)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, (stop - start,) in the file's dtype.
-
-        Read with pread rather than mapped: resident memory does not grow with what has been visited, and a file
-        that shrinks while in use is an error instead of a crash.
 
         Raises:
             ValueError: the window is not inside the stream, or the file has become shorter.
@@ -191,14 +250,8 @@ class IndexedDataset:
                 f"{self.data_path}: tokens {start} to {stop} asked of a stream of {self.num_tokens}; "
                 "the index entry is damaged if you did not ask for them: preprocess it again"
             )
-        blocks, at, end = [], start * self.dtype.itemsize, stop * self.dtype.itemsize
-        while at < end:
-            block = os.pread(self._data.fileno(), min(end - at, 1 << 30), at)
-            if not block:
-                raise ValueError(f"{self.data_path}: ends at byte {at}, it was longer when opened; was it rewritten?")
-            blocks.append(block)
-            at += len(block)
-        return np.frombuffer(b"".join(blocks), self.dtype)
+        width = self.dtype.itemsize
+        return np.frombuffer(pread(self._data, start * width, (stop - start) * width), self.dtype)
 
     def validate(self) -> None:
         """Read the whole index: offsets contiguous, boundaries ascending, sizes equal. Seconds per 100M documents.
@@ -208,9 +261,9 @@ class IndexedDataset:
         """
         expected = 0
         for lo in range(0, self.num_sequences, CHUNK):
-            sizes = self._lengths[lo : lo + CHUNK].astype(np.int64) * self.dtype.itemsize
+            sizes = self._lengths.block(lo, lo + CHUNK).astype(np.int64) * self.dtype.itemsize
             ends = expected + np.cumsum(sizes)
-            wrong = np.flatnonzero((self._offsets[lo : lo + CHUNK] != ends - sizes) | (sizes < 0))
+            wrong = np.flatnonzero((self._offsets.block(lo, lo + CHUNK) != ends - sizes) | (sizes < 0))
             if wrong.size:
                 k = lo + int(wrong[0])
                 raise ValueError(
@@ -219,7 +272,7 @@ class IndexedDataset:
                 )
             expected = int(ends[-1])
         for lo in range(0, self.num_documents, CHUNK):
-            steps = np.diff(self._boundaries[lo : lo + CHUNK + 1])
+            steps = np.diff(self._boundaries.block(lo, lo + CHUNK + 1))
             if (steps < 0).any():
                 k = lo + int(np.flatnonzero(steps < 0)[0])
                 raise ValueError(f"{self.index_path}: document {k} ends before it begins; preprocess it again")
@@ -235,7 +288,7 @@ class IndexedDataset:
             digest.update(struct.pack("<Q", size))
             with path.open("rb", buffering=0) as file:
                 for i in range(16):
-                    digest.update(os.pread(file.fileno(), 4096, max(0, size - 4096) * i // 15))
+                    digest.update(pread(file, max(0, size - 4096) * i // 15, min(size, 4096)))
         return digest.hexdigest()
 
 
@@ -296,7 +349,7 @@ class IndexedWriter:
             self._bin.write(part.tokens(lo, min(lo + CHUNK, part.num_tokens)).data)
         for lo in range(0, part.num_documents, CHUNK):
             hi = min(lo + CHUNK, part.num_documents)
-            self._count(np.diff(part.starts(lo, hi + 1)))
+            self._count(part.document_lengths(lo, hi))
 
     def _count(self, lengths: np.ndarray) -> None:
         if lengths.size and lengths.max() > np.iinfo(np.int32).max:

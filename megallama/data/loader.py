@@ -45,7 +45,7 @@ class Loader:
         """
         size = micro_batch_size * count
         first = first_sample + dp_rank * size
-        samples = self.mixture.read(range(first, first + size))
+        samples = self.mixture.read(range(first, first + size), self.mask_documents)
         for i, sample in enumerate(samples, first):
             self._check(i, sample)
         return [self._pack(samples[m * micro_batch_size : (m + 1) * micro_batch_size]) for m in range(count)]
@@ -65,8 +65,7 @@ class Loader:
         for sample in samples:
             tokens = torch.from_numpy(sample.tokens)
             rows.append((tokens[:-1], tokens[1:]))
-        starts = [sample.document_starts for sample in samples] if self.mask_documents else None
-        return Batch.pack(rows, self.multiple, starts)
+        return Batch.pack(rows, self.multiple, [sample.document_starts for sample in samples])
 
     def steps(
         self, steps: Iterable[int], plan: Plan, dp_rank: int, dp_size: int, micro_batch_size: int, depth: int = 2

@@ -146,13 +146,15 @@ class Mixture:
         places = zip(source.tolist(), epoch.tolist(), position.tolist(), keys.tolist(), strict=True)
         return [Window(s, e, self.corpora[s].window(p, k % self.corpora[s].num_tokens)) for s, e, p, k in places]
 
-    def read(self, indices: Iterable[int]) -> list[Sample]:
-        """Samples `indices`, tokens and document starts."""
-        return [self._read(window) for window in self.windows(np.fromiter(indices, np.int64))]
+    def read(self, indices: Iterable[int], with_documents: bool = True) -> list[Sample]:
+        """Samples `indices`; without documents, `document_starts` stays empty and the index is not searched."""
+        return [self._read(window, with_documents) for window in self.windows(np.fromiter(indices, np.int64))]
 
-    def _read(self, window: Window) -> Sample:
+    def _read(self, window: Window, with_documents: bool) -> Sample:
         dataset = self.corpora[window.source].dataset
         tokens = np.concatenate([dataset.tokens(lo, hi) for lo, hi in window.ranges]).astype(np.int64)
+        if not with_documents:
+            return Sample(tokens, [])
         starts, at = [], 0
         for lo, hi in window.ranges:
             starts += (dataset.document_starts(lo, hi) - lo + at).tolist()
@@ -162,7 +164,7 @@ class Mixture:
 
     def sample(self, i: int) -> np.ndarray:
         """Tokens of sample i, int64 (seq_length + 1,)."""
-        return self.read([i])[0].tokens
+        return self.read([i], with_documents=False)[0].tokens
 
     def locate(self, i: int) -> Location:
         """Source, epoch, token ranges and documents of sample i."""

@@ -21,7 +21,7 @@ from megallama.data.ramp import BatchPlan
 from megallama.pipeline.engine import Loss
 from megallama.plan.cost import peak_tflops, train_flops_per_token
 from megallama.runtime.faults import StopSignal
-from megallama.runtime.metrics import Metrics, peak_memory
+from megallama.runtime.metrics import Metrics, memory, throughput
 from megallama.runtime.progress import Progress
 from megallama.train.trainer import Stats, Trainer
 
@@ -126,11 +126,9 @@ class Loop:
         start = time.perf_counter()
         stats = self.trainer.step(micros, loss, stop)
         seconds = time.perf_counter() - start
-        size = self.plan(step)[1]
+        size, length = self.plan(step)[1], self.config.data.seq_length
         self.consumed += size
-        tokens, length = size * self.config.data.seq_length, self.config.data.seq_length
-        rate = tokens / seconds
-        tflops = rate * train_flops_per_token(self.config.model, length) / self.mesh.world.size / 1e12
+        flops = train_flops_per_token(self.config.model, length)
         record = {
             "step": step,
             "loss": stats.loss,
@@ -138,11 +136,8 @@ class Loop:
             "grad_norm": stats.grad_norm,
             "consumed_samples": self.consumed,
             "consumed_tokens": self.consumed * length,
-            "step_seconds": seconds,
-            "tokens_per_second": rate,
-            "tflops_per_device": tflops,
-            "mfu": tflops / self.peak if self.peak else None,
-            "memory_bytes": peak_memory(self.mesh.device),
+            **throughput(size * length, seconds, flops, self.mesh.world.size, self.peak),
+            "memory_bytes": memory(self.mesh.device),
             **stats.metrics,
         }
         return stats, record

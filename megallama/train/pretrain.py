@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,10 @@ def pretrain(trainer: Trainer, task: Task) -> None:
     )
     notes: list[str] = []
     consumed = resume(trainer, checkpointer, task.fingerprints, notes.append)
-    metrics = Metrics(folder, trainer.done) if first else None
-    with Progress(config.train.steps, trainer.done, config.log.interval) if first else Progress.silent() as progress:
+    with ExitStack() as stack:
+        metrics = stack.enter_context(Metrics(folder, trainer.done)) if first else None
+        progress = Progress(config.train.steps, trainer.done, config.log.interval) if first else Progress.silent()
+        stack.enter_context(progress)
         for line in notes:
             progress.note(line)
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)

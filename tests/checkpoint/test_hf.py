@@ -105,6 +105,45 @@ def transformers() -> ModuleType:
     return pytest.importorskip("transformers", reason="needs pip install megallama[hf]")
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return write_checkpoint(tmp_path_factory.mktemp("step"), random_tensors())
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("tokenizer") / "own"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the llama and the alpaca ate 12 apples", "then the llama slept"]),
+        model_prefix=str(prefix),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF tokenizer folder whose special tokens are named beside it and are not the first ids."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs pip install megallama[hf]")
+    folder = tmp_path_factory.mktemp("fast")
+    words = {word: n for n, word in enumerate(["the", "llama", "ate", "<end>", "<start>", "?"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "pytorch_model.bin").write_text("not a tokenizer's file")
+    return folder
+
+
 class TestReading:
     def test_model(self, source: HFSource) -> None:
         assert source.model == MODEL
@@ -265,10 +304,6 @@ class TestDamage:
 
 
 class TestExport:
-    @pytest.fixture(scope="class")
-    def store(self, tmp_path_factory: pytest.TempPathFactory) -> Store:
-        return write_checkpoint(tmp_path_factory.mktemp("step"), random_tensors())
-
     @pytest.mark.parametrize(("dtype", "torch_dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
     def test_comes_back(self, store: Store, tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> None:
         export_hf(store, MODEL, tmp_path / "out", dtype)
@@ -326,14 +361,15 @@ class TestExport:
         export_hf(store, MODEL, tmp_path / "out")
         before = (tmp_path / "out" / "model.safetensors").read_bytes()
         damaged = tmp_path / "step" / "rank_00001.safetensors"
-        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ValueError, match="corrupt"):
             export_hf(Store(tmp_path / "step"), MODEL, tmp_path / "out")
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "step"]
 
     def test_wrong_arguments(self, store: Store, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="float16.*bfloat16, float32"):
+        with pytest.raises(ValueError, match=r"float16: choose one of bfloat16, float32"):
             export_hf(store, MODEL, tmp_path / "out", "float16")
         with pytest.raises(ValueError, match=r"lm_head.*\(50, 24\) there, but None"):
             export_hf(store, TIED, tmp_path / "out")
@@ -342,32 +378,6 @@ class TestExport:
 
 class TestTokenizer:
     """The tokenizer goes along: transformers opens it from the exported folder and encodes as ours does."""
-
-    @pytest.fixture(scope="class")
-    def sentencepiece(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        import sentencepiece
-
-        prefix = tmp_path_factory.mktemp("tokenizer") / "own"
-        options = {"model_type": "bpe", "byte_fallback": True, "split_digits": True, "minloglevel": 2}
-        lines = ["the llama and the alpaca ate 12 apples", "then the llama slept"]
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_prefix=str(prefix), vocab_size=300, **options
-        )
-        return prefix.with_suffix(".model")
-
-    @pytest.fixture(scope="class")
-    def fast(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """An HF tokenizer folder whose special tokens are named beside it and are not the first ids."""
-        tokenizers = pytest.importorskip("tokenizers", reason="needs pip install megallama[hf]")
-        folder = tmp_path_factory.mktemp("fast")
-        words = {word: n for n, word in enumerate(["the", "llama", "ate", "<end>", "<start>", "?"])}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer.save(str(folder / "tokenizer.json"))
-        names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>", "eos_token": "<end>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(names))
-        (folder / "pytorch_model.bin").write_text("not a tokenizer's file")
-        return folder
 
     def export(self, work: Path, tokenizer: Path, vocab: int) -> tuple[Path, dict[str, Any]]:
         model = replace(MODEL, vocab_size=vocab)
@@ -382,7 +392,7 @@ class TestTokenizer:
         folder, special = self.export(tmp_path, sentencepiece, 304)
         assert special == {"bos_token_id": 1, "eos_token_id": 2}
         theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(sentencepiece)
-        for text in ("the llama ate 2026 apples", "Größe 日本\n\tthen"):
+        for text in ("the llama ate 2026 apples", "Größe 日本\n\tthen  two spaces "):
             assert theirs.encode(text) == ours.encode(text)
             assert theirs.decode(ours.encode(text)) == text
         assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import Ranks
 from torch import Tensor
 from trajectory import Part, assemble, run_config
 
+from distributed import Ranks
 from megallama.checkpoint.formats.hf import HFSource
 from megallama.config import Config, ModelConfig
 from megallama.data.batch import IGNORE, Batch
@@ -106,7 +106,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     shape = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=3,  # two stages cannot be even
         num_attention_heads=8,
         num_key_value_heads=2,
         vocab_size=VOCAB,
@@ -136,8 +136,9 @@ def groups() -> Iterator[dict[int, Ranks]]:
         yield {size: stack.enter_context(Ranks(size)) for size in (1, 2, 4, 8)}
 
 
-def config_of(model: ModelConfig, tp: int, pp: int, dtype: str = "float32") -> Config:
-    config = run_config(STEPS, dtype, 2, model, tp=tp, pp=pp)
+def config_of(model: ModelConfig, tp: int, pp: int, dp: int = 1, dtype: str = "float32") -> Config:
+    """Two micro-batches a step in every layout, so that their size differs."""
+    config = run_config(STEPS, dtype, ROWS // dp // 2, model, tp=tp, pp=pp)
     return replace(config, train=replace(config.train, global_batch_size=ROWS))
 
 
@@ -174,7 +175,7 @@ def forward(rank: int, world: int, config: Config, folder: Path, rows: int, mask
 
 def run(groups: dict[int, Ranks], oracle: Oracle, layout: tuple[int, int, int], dtype: str = "float32") -> Run:
     tp, pp, dp = layout
-    config = config_of(HFSource(oracle.folder).model, tp, pp, dtype)
+    config = config_of(HFSource(oracle.folder).model, tp, pp, dp, dtype)
     answers = groups[tp * pp * dp].run(train, config, oracle.folder)
     stats = answers[0][0]
     assert all(answer[0] == stats for answer in answers), "ranks disagree"
@@ -196,7 +197,7 @@ def worst(ours: list[float], theirs: list[float]) -> float:
 
 
 def test_the_data_can_be_learnt(oracle: Oracle) -> None:
-    """Else equal losses would say nothing about the updates; and both sides of the clipping must occur."""
+    """Else equal losses would say nothing about the updates; and gradients must be long enough to be clipped."""
     assert oracle.run.losses[-1] < 0.95 * oracle.run.losses[0]
     assert max(oracle.run.norms) > 1.0
 
@@ -231,5 +232,5 @@ def test_masked_documents_equal_separate_passes(groups: dict[int, Ranks], oracle
 def test_bfloat16_stays_close(groups: dict[int, Ranks], oracle: Oracle) -> None:
     """bf16 compute with fp32 masters against transformers in fp32."""
     ours = run(groups, oracle, (2, 1, 1), "bfloat16")
-    assert all(abs(a - b) < 0.02 * b for a, b in zip(ours.losses, oracle.run.losses, strict=True))
-    assert all(abs(a - b) < 0.05 * b for a, b in zip(ours.norms, oracle.run.norms, strict=True))
+    assert all(abs(a - b) < 0.01 * b for a, b in zip(ours.losses, oracle.run.losses, strict=True))
+    assert all(abs(a - b) < 0.03 * b for a, b in zip(ours.norms, oracle.run.norms, strict=True))

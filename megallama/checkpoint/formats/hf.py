@@ -33,7 +33,7 @@ EXPORT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PRODUCER = {"format": "pt", "producer": "megallama"}
 """Metadata of our weight files: transformers asks for the format; the producer marks a folder that may be replaced."""
 
-SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -79,30 +79,28 @@ def model_config(path: Path) -> ModelConfig:
     for key, accepted in ACCEPTED.items():
         if key in found and found[key] not in accepted:
             raise ValueError(f"{path}: {key} is {found[key]!r}; only {accepted[0]!r} is supported")
-    given = {key: found[key] for key in (*SHAPE_KEYS, *DEFAULTS, "num_key_value_heads") if found.get(key) is not None}
+    given = {key: found[key] for key in (*REQUIRED, *DEFAULTS, "num_key_value_heads") if found.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):  # the second since transformers 5, with the base inside
         rope = found.get(key) or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"{path}: {key} is {rope}; scaled rotary embeddings are not supported")
         if "rope_theta" in rope:
             given["rope_theta"] = rope["rope_theta"]
-    if missing := [key for key in SHAPE_KEYS if key not in given]:
+    if missing := [key for key in REQUIRED if key not in given]:
         raise ValueError(f"{path}: {', '.join(missing)} missing; is the file complete?")
     model = {**DEFAULTS, "num_key_value_heads": given["num_attention_heads"], **given}
     for key, value in model.items():
         kind = type(getattr(ModelConfig, key))
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}")
+        if kind is not bool and value <= 0:
+            raise ValueError(f"{path}: {key} is {value}; it must be positive")
     config = ModelConfig(**model)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if (
-        min(model[key] for key in (*SHAPE_KEYS, "num_key_value_heads")) < 1
-        or config.hidden_size % heads
-        or heads % groups
-    ):
+    if config.hidden_size % heads or heads % groups:
         raise ValueError(
-            f"{path}: hidden_size={config.hidden_size}, num_attention_heads={heads}, num_key_value_heads={groups}: "
-            f"sizes must be positive, heads divide the hidden size and K/V heads divide the heads"
+            f"{path}: num_attention_heads={heads} must divide hidden_size={config.hidden_size}, "
+            f"and num_key_value_heads={groups} must divide num_attention_heads"
         )
     if found.get("head_dim") not in (None, config.head_dim):
         raise ValueError(

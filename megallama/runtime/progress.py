@@ -1,0 +1,168 @@
+"""How far a run has come: a live bar on a terminal, one plain line every few steps anywhere else (a log file).
+
+    with Progress(total=200, start=0, every=10) as progress:
+        for step in range(1, 201):
+            ...
+            progress.update(step, record)          # a record of metrics.jsonl
+            progress.note("checkpoint saved: …")   # a line above the bar
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import NamedTuple
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+WINDOW = 50
+"""Steps over which the time of a step is averaged for the ETA: long enough to be calm, short enough to follow a ramp."""
+FRAME = 0.1
+"""Seconds at least between two pictures of the bar."""
+
+
+def scaled(value: float) -> str:
+    """Three digits and a unit: 950, 12.3k, 4.56M."""
+    for unit in ("", "k", "M", "G"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def clock(seconds: float) -> str:
+    """0:07, 3:05, 2:03:05 or 4d 02:03."""
+    if not math.isfinite(seconds):
+        return "-:--"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02d}:{m:02d}"
+    return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
+
+
+class Field(NamedTuple):
+    """How one key of a record is shown: a name before the value, or a unit after it."""
+
+    name: str
+    unit: str
+    form: Callable[[float], str]
+
+
+FIELDS = {
+    "loss": Field("loss", "", "{:.4f}".format),
+    "valid_loss": Field("valid", "", "{:.4f}".format),
+    "lr": Field("lr", "", "{:.2e}".format),
+    "grad_norm": Field("norm", "", "{:.3g}".format),
+    "tokens_per_second": Field("", "tok/s", scaled),
+    "tflops_per_device": Field("", "TFLOP/s", "{:.3g}".format),
+    "mfu": Field("mfu", "", "{:.1%}".format),
+    "memory_bytes": Field("", "GiB", lambda value: f"{value / 2**30:.3g}"),
+}
+"""What is shown, in this order; a stage's own keys follow."""
+HIDDEN = {"step", "step_seconds", "consumed_samples", "consumed_tokens"}
+
+
+def fields(record: Mapping[str, float | int | str | None]) -> list[tuple[str, str, str]]:
+    """(name, value, unit) of everything in a record that is shown; what is not known (null) is not."""
+    keys = [*(key for key in FIELDS if key in record), *(key for key in record if key not in FIELDS)]
+    shown = []
+    for key in keys:
+        value = record[key]
+        if key in HIDDEN or value is None:
+            continue
+        field = FIELDS.get(key, Field(key.replace("_", " "), "", "{:.4g}".format))
+        shown.append((field.name, value if isinstance(value, str) else field.form(value), field.unit))
+    return shown
+
+
+class Progress:
+    """Progress of steps start+1 … total.
+
+    Args:
+        total: last step of the run.
+        start: steps already done (a resumed run).
+        every: steps between plain lines; the bar follows every step.
+        console: where to show it; default: standard output.
+    """
+
+    def __init__(self, total: int, start: int = 0, every: int = 1, console: Console | None = None) -> None:
+        self._total, self._start, self._every = total, start, every
+        self._console = console or Console(highlight=False)
+        # Drawn by `update` alone, without a thread: what another rank writes about an error is not painted over.
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._began = time.monotonic()
+        self._times = deque([self._began], maxlen=WINDOW + 1)
+        self._drawn = 0.0
+
+    @classmethod
+    def silent(cls) -> Progress:
+        """One that shows nothing, for the ranks that do not speak."""
+        return cls(0, console=Console(quiet=True, force_terminal=False))
+
+    def __enter__(self) -> Progress:
+        self._began = time.monotonic()
+        self._times = deque([self._began], maxlen=WINDOW + 1)
+        if self._live is not None:
+            self._live.start()
+            self._live.update(self._picture(self._start, {}, self._began), refresh=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """A line of its own: above the bar, or between the plain lines."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def update(self, step: int, record: Mapping[str, float | int | str | None]) -> None:
+        """Step `step` is done and measured `record`."""
+        now = time.monotonic()
+        self._times.append(now)
+        if self._live is None:
+            if step % self._every == 0 or step in (self._start + 1, self._total):
+                self._console.print(Text(self._plain(step, record, now)), soft_wrap=True)
+        elif now - self._drawn >= FRAME or step >= self._total:
+            self._drawn = now
+            self._live.update(self._picture(step, record, now), refresh=True)
+
+    def _left(self, step: int) -> float:
+        """Seconds to the end, at the speed of the last steps."""
+        steps = len(self._times) - 1
+        return (self._times[-1] - self._times[0]) / steps * (self._total - step) if steps else math.inf
+
+    def _plain(self, step: int, record: Mapping[str, float | int | str | None], now: float) -> str:
+        parts = [" ".join(filter(None, field)) for field in fields(record)]
+        times = f"elapsed {clock(now - self._began)} | eta {clock(self._left(step))}"
+        return " | ".join([f"step {step}/{self._total}", *parts, times])
+
+    def _picture(self, step: int, record: Mapping[str, float | int | str | None], now: float) -> Group:
+        head = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None):
+            head.add_column(ratio=ratio, no_wrap=True)
+        head.add_row(
+            Text.assemble("step ", (f"{step}/{self._total}", "bold")),
+            ProgressBar(total=self._total, completed=step),
+            Text.assemble(
+                f"{step / self._total:4.0%}  ",
+                (clock(now - self._began), "dim"),
+                ("  eta ", "dim"),
+                clock(self._left(step)),
+            ),
+        )
+        body = Text(no_wrap=False)
+        for name, value, unit in fields(record):
+            cell = Text.assemble((f"{name} " if name else "", "dim"), (value, "cyan"), (f" {unit}" if unit else "", "dim"))
+            # Non-breaking inside a field, so that a narrow terminal breaks lines between fields only.
+            cell.plain = cell.plain.replace(" ", "\u00a0")
+            body.append_text(cell).append("  ")
+        return Group(head, body)
