@@ -1,6 +1,6 @@
 """Plot the loss of one or more runs, with gradient norm and learning rate below, from their metrics.jsonl.
 
-    python tools/plot_loss.py runs/a runs/b --output loss.png --reference "unigram entropy=6.42"
+python tools/plot_loss.py runs/a runs/b --output loss.png --reference "unigram entropy=6.42"
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
@@ -31,12 +32,10 @@ def series(records: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """Exponential moving average over about `window` values, unbiased at the start."""
-    keep, mean, weight, out = 1 - 1 / max(1, window), 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight if weight else value)
-    return out
+    """Centred moving average: over `window` values, fewer at both ends, so that it does not lag behind a fall."""
+    sums, last = [0.0, *accumulate(values)], len(values) - 1
+    reach = [min(window // 2, n, last - n) for n in range(len(values))]
+    return [(sums[n + r + 1] - sums[n - r]) / (2 * r + 1) for n, r in enumerate(reach)]
 
 
 def plot(runs: dict[str, list[dict]], references: dict[str, float], output: Path) -> None:
@@ -48,11 +47,10 @@ def plot(runs: dict[str, list[dict]], references: dict[str, float], output: Path
         color = f"C{number}"
         steps, losses = series(records, "loss")
         axes["loss"].plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes["loss"].plot(steps, smoothed(losses, len(losses) // 30), color=color, linewidth=1.8, label=name)
+        axes["loss"].plot(steps, smoothed(losses, len(losses) // 20), color=color, linewidth=1.8, label=name)
         steps, losses = series(records, "valid_loss")
         if steps:
-            mark = {"marker": "o", "markersize": 4, "markeredgecolor": "white", "linestyle": "--", "linewidth": 1}
-            axes["loss"].plot(steps, losses, color=color, label=f"{name}, validation", **mark)
+            axes["loss"].plot(steps, losses, "o--", color=color, linewidth=1, markersize=4, label=f"{name}, validation")
         for key in SMALL:
             axes[key].plot(*series(records, key), color=color, linewidth=1)
     for number, (name, value) in enumerate(references.items()):
@@ -61,7 +59,7 @@ def plot(runs: dict[str, list[dict]], references: dict[str, float], output: Path
             f"{name} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
             textcoords="offset points", ha="right", fontsize=9, color="0.35",
         )  # fmt: skip
-    decorate(axes["loss"], "loss (nats a token)")
+    decorate(axes["loss"], "loss")
     axes["loss"].legend(frameon=False)
     for key, title in SMALL.items():
         decorate(axes[key], title)
@@ -74,6 +72,7 @@ def decorate(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=9)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -235,8 +235,45 @@ def _decompressed(raw: IO[bytes], compression: str, path: str) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise ValueError(f"{path}: .zst files need: pip install zstandard") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_Blocks(_zstd_blocks(raw, zstandard.ZstdDecompressor())), 1 << 17)
     return raw
+
+
+def _zstd_blocks(raw: IO[bytes], decompressor: Any) -> Iterator[bytes]:
+    """What the frames of a .zst file hold, block by block. (zstandard's own reader takes a file cut short for whole.)
+
+    Raises:
+        EOFError: the file ends inside a frame.
+    """
+    frame = None
+    while data := raw.read(1 << 17):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("it ends inside a frame")
+
+
+class _Blocks(io.RawIOBase):
+    """An iterator of bytes as a file to read from."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 def _zstd_error() -> type[Exception]:

@@ -53,6 +53,8 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         try:
+            if not model:  # the library would take it for a model without pieces
+                raise RuntimeError
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise ValueError(f"{name}: neither a SentencePiece model nor a tokenizer.json; is it damaged?") from None

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong: one line for the whole job, no rank left hanging, and signals that are heeded.
+"""What happens when something goes wrong: one line for the whole job, no rank left hanging, and signals heeded.
 
 A failing rank claims the error by an atomic write to the job's store; who comes first speaks, all others stay silent.
 So the ranks that fail only because a peer has gone need not be told apart from it: an exception reaches `guard` while
@@ -80,10 +80,12 @@ class Watch:
 
     def __init__(self, world: World, store: dist.Store) -> None:
         self._world = world
-        self._store = store.clone()  # connections of our own: the engine's may be blocked in a wait
+        # Connections of our own: a wait blocks its connection, and the engine may be in one. torch's stubs lack `clone`.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._waiting: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._finished = self._noticed = False
         self._over = threading.Event()  # this rank knows of a failure, or is done
-        threading.Thread(target=self._look, args=(store.clone(),), name="watch", daemon=True).start()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def claim(self, code: int) -> bool:
         """Whether this rank is the first of the job to fail; if so, the others will end with `code`."""
@@ -122,15 +124,15 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the host may leave as soon as all are here
             if self._store.add("finished", 1) == self._world.size:
                 self._store.set("done", "")
-            self._store.clone().wait(["done"], datetime.timedelta(days=1))  # a wait blocks its connection
+            self._waiting.wait(["done"], datetime.timedelta(days=1))
         self._over.set()
 
-    def _look(self, store: dist.Store) -> None:
+    def _look(self) -> None:
         while not self._over.wait(POLL):
             try:
-                if not store.check(["failed"]):
+                if not self._store.check(["failed"]):
                     continue
-                code = int(store.get("failed").split()[1])
+                code = int(self._store.get("failed").split()[1])
             except RuntimeError:
                 return None if self._finished else self._lost()
             if not self._over.is_set():
@@ -179,7 +181,7 @@ def _line(error: BaseException, world: World, where: Callable[[], str], log: Pat
 
 
 def _speak(text: str) -> None:
-    """One write, so that lines of several processes do not mix; on a terminal, below a progress bar that stands there."""
+    """One write, so that lines of several processes do not mix; on a terminal, below the bar that stands there."""
     start = "\n" if sys.stderr.isatty() else ""
     sys.stderr.write(f"{start}{text}\n")
     sys.stderr.flush()

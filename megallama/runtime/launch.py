@@ -1,11 +1,11 @@
 """Who am I, and how do I reach the others: one rank resolver for torchrun, srun, mpirun and a bare process.
 
-    world = resolve(os.environ)
-    store = rendezvous(world)
-    with guard(world, store, where, logs):        # runtime.faults
-        device = connect(world, store)
-        ...
-    disconnect()
+world = resolve(os.environ)
+store = rendezvous(world)
+with guard(world, store, where, logs):        # runtime.faults
+    device = connect(world, store)
+    ...
+disconnect()
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def resolve(env: Mapping[str, str]) -> World:
     if missing:
         raise ValueError(f"{names.launcher} started this process but did not set {', '.join(missing)}: set it as well")
     local_size = tasks_on_node(env) if names is SRUN else int(env[names.local_size])
-    world = World(*(int(env[name]) for name in names[1:4]), local_size, host, names.launcher)
+    rank, size, local_rank = (int(env[name]) for name in (names.rank, names.size, names.local_rank))
+    world = World(rank, size, local_rank, local_size, host, names.launcher)
     if not (0 <= world.rank < world.size and 0 <= world.local_rank < world.local_size <= world.size):
         shown = ", ".join(f"{name}={env[name]}" for name in names[1:])
         raise ValueError(f"{names.launcher} set an impossible place: {shown}")
@@ -199,18 +200,22 @@ def connect(world: World, store: dist.Store | None, timeout: datetime.timedelta 
         The device of this rank, made current.
     """
     device = choose_device(world)
-    if device.type == "cuda":
+    gpu = device.type == "cuda"
+    if gpu:
         torch.cuda.set_device(device)
     if store is None:
         return device
-    place = {"store": store, "rank": world.rank, "world_size": world.size, "timeout": timeout}
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, **place)
-    else:
-        if world.local_size == world.size:  # the machine's own name may resolve slowly, wrongly or not at all
-            loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
-        dist.init_process_group("gloo", **place)
+    if not gpu and world.local_size == world.size:  # the machine's own name may resolve slowly, wrongly or not at all
+        loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device if gpu else None,
+    )
     return device
 
 

@@ -1,10 +1,10 @@
 """How far a run has come: a live bar on a terminal, one plain line every few steps anywhere else (a log file).
 
-    with Progress(total=200, start=0, every=10) as progress:
-        for step in range(1, 201):
-            ...
-            progress.update(step, record)          # a record of metrics.jsonl
-            progress.note("checkpoint saved: …")   # a line above the bar
+with Progress(total=200, start=0, every=10) as progress:
+    for step in range(1, 201):
+        ...
+        progress.update(step, record)          # a record of metrics.jsonl
+        progress.note("checkpoint saved: …")   # a line above the bar
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 WINDOW = 50
-"""Steps over which the time of a step is averaged for the ETA: long enough to be calm, short enough to follow a ramp."""
+"""Steps over which a step's time is averaged for the ETA: long enough to be calm, short enough to follow a ramp."""
 FRAME = 0.1
 """Seconds at least between two pictures of the bar."""
 
@@ -161,7 +161,9 @@ class Progress:
         )
         body = Text(no_wrap=False)
         for name, value, unit in fields(record):
-            cell = Text.assemble((f"{name} " if name else "", "dim"), (value, "cyan"), (f" {unit}" if unit else "", "dim"))
+            cell = Text.assemble(
+                (f"{name} " if name else "", "dim"), (value, "cyan"), (f" {unit}" if unit else "", "dim")
+            )
             # Non-breaking inside a field, so that a narrow terminal breaks lines between fields only.
             cell.plain = cell.plain.replace(" ", "\u00a0")
             body.append_text(cell).append("  ")

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megallama.checkpoint import Checkpointer
+from megallama.checkpoint import Checkpointer, Store, checkpoint_folders
+from megallama.checkpoint.formats.hf import HFSource, export_hf
 from megallama.config import Config, dump
 from megallama.data.indexed import IndexedDataset
 from megallama.data.loader import Loader
@@ -24,6 +25,8 @@ from megallama.runtime.metrics import Metrics
 from megallama.runtime.progress import Progress
 from megallama.train.loop import Loop, Task
 from megallama.train.trainer import NextToken, Trainer, build_trainer
+
+HF = "hf:"
 
 
 @contextmanager
@@ -71,6 +74,11 @@ def pretrain(trainer: Trainer, task: Task) -> None:
         for line in notes:
             progress.note(line)
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
+        if keep.export_hf and first and trainer.done == config.train.steps:
+            newest, folder = Store(checkpoint_folders(checkpointer.root)[0]), Path(keep.export_hf)
+            tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
+            export_hf(newest, config.model, folder, tokenizer=tokenizer)
+            progress.note(f"HF export in {folder}")
 
 
 def resume(
@@ -78,17 +86,23 @@ def resume(
 ) -> int:
     """Go on from what checkpoint.load names; returns the samples consumed so far. Collective.
 
-    auto is the newest valid checkpoint of this run, if there is one; none starts anew; anything else is a checkpoint.
+    auto is the newest valid checkpoint of this run, if there is one; none starts anew; hf:FOLDER takes the weights of an
+    HF Llama where this run has no checkpoint of its own; anything else is a checkpoint's folder.
     """
     source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
     assert optimizer is not None, "pretraining trains"
     if source == "none":
         return 0
-    if source == "auto":
+    if source == "auto" or source.startswith(HF):
         store = checkpointer.load_newest(optimizer.slots, note)
     else:
         store = checkpointer.load(Path(source), optimizer.slots)
     if store is None:
+        if source.startswith(HF):
+            weights = HFSource(Path(source.removeprefix(HF)))
+            weights.require(trainer.config.model)
+            optimizer.load_weights(weights.read)
+            note(f"starting from the weights of {weights.folder}")
         return 0
     manifest = store.manifest
     trainer.done, optimizer.updates = manifest["step"], manifest["updates"]

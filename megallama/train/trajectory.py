@@ -183,6 +183,11 @@ class Comparison:
         """Of the worst tensor."""
         return _worst(self.weights.values())
 
+    @property
+    def output(self) -> float:
+        """Of the worst module and micro-batch."""
+        return _worst(self.outputs.values())
+
     def first_divergent_output(self) -> tuple[str, int] | None:
         """The first module in the order of the forward pass whose output differs, and its micro-batch."""
         return next((key for key, error in self.outputs.items() if not error <= self.tolerance.gradient), None)

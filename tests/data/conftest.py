@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,21 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import ROOT, TOOL_ENVIRONMENT, sentences
 from hypothesis import settings
 
 from megallama.data import IndexedDataset, IndexedWriter
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "12", "1984", "é", "ß", "漢字", " ", "\t"]
-
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
-
-
-def sentences(count: int, seed: int = 0) -> list[str]:
-    """Documents of a few words or of none of the usual kind, always the same."""
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) + f" n{i}.\n" for i in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +53,6 @@ def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(name: str, *arguments: object, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         command = [*launcher, sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=tool_environment(), timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, env=TOOL_ENVIRONMENT, timeout=120)
 
     return run
-
-
-def tool_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}

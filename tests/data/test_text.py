@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import sentences
+from documents import sentences
 
 from megallama.data.text import Reading, Record, cut, find_files, read
 
+PLAIN = Reading()
 DOCUMENTS = [*sentences(40), "two\nlines", "\u2028 odd break"]
 
 
@@ -18,7 +19,7 @@ def jsonl(documents: list[str], key: str = "text") -> bytes:
     return "".join(json.dumps({"id": n, key: text}) + "\n" for n, text in enumerate(documents)).encode()
 
 
-def records(path: Path | str, reading: Reading = Reading(), slice_bytes: int = 1 << 20) -> list[Record]:
+def records(path: Path | str, reading: Reading = PLAIN, slice_bytes: int = 1 << 20) -> list[Record]:
     groups = cut(find_files([str(path)]), reading, slice_bytes)
     return [record for group in groups for piece in group for record in read(piece, reading)]
 
@@ -62,7 +63,7 @@ def test_compressed_files(tmp_path: Path):
 
 
 def test_parquet(tmp_path: Path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     table = pyarrow.table({"text": [*DOCUMENTS, None], "title": [f"t{n}" for n in range(len(DOCUMENTS) + 1)]})

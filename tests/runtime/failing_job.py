@@ -25,7 +25,7 @@ def work(world: World, mode: str) -> None:
     if mode == "interrupt" and bad:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
-    if mode == "kill" and bad or mode == "kill-zero" and world.rank == 0:
+    if (mode == "kill" and bad) or (mode == "kill-zero" and world.rank == 0):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "late" and bad:  # all others have come to the end already
         time.sleep(1.5)

@@ -14,8 +14,8 @@ from pathlib import Path
 import failing_job
 import pytest
 import torch
-from distributed import PRELOAD
 
+from distributed import PRELOAD
 from megallama.runtime.faults import StopSignal, guard
 from megallama.runtime.launch import World
 

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from distributed import RankError, Ranks, RankTimeout, run_ranks
 
 

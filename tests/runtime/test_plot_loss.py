@@ -40,10 +40,11 @@ def test_a_run_without_a_loss_is_one_clear_line(tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_smoothing_is_unbiased_at_the_start(monkeypatch):
+def test_smoothing_does_not_lag(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL.parent))
     from plot_loss import smoothed
 
-    assert smoothed([4.0, 4.0, 4.0], 10) == pytest.approx([4.0] * 3)
-    assert smoothed([1.0, 2.0, 3.0], 1) == [1.0, 2.0, 3.0]
-    assert smoothed([0.0, 1.0], 2) == pytest.approx([0.0, 2 / 3])  # weights 1/4 and 1/2
+    line = [9.0 - n for n in range(9)]
+    assert smoothed(line, 5) == pytest.approx(line)
+    assert smoothed([0.0, 3.0, 0.0, 3.0], 3) == pytest.approx([0.0, 1.0, 2.0, 3.0])
+    assert smoothed([1.0, 5.0], 0) == [1.0, 5.0]

@@ -74,7 +74,13 @@ def transformers_step(samples: int, compile: bool = False) -> Step:
     """The same step in transformers and torch.optim.AdamW (fused), with clipping."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names: tuple[str, ...] = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     names += ("vocab_size", "max_position_embeddings", "rms_norm_eps")
     model = LlamaForCausalLM(LlamaConfig(**{name: getattr(BENCH, name) for name in names}, use_cache=False))
     run = torch.compile(model) if compile else model
