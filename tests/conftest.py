@@ -1,4 +1,4 @@
-"""Settings of every test: one thread a process (two cores are shared), and a pinned start for what draws at random."""
+"""Settings of every test: one compute thread a process, since the ranks of a test share two cores."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ SOURCES = {
 }
 
 
+@functools.cache
 def imported(module: str) -> set[str]:
     """Modules of the package that `module` imports, at any depth of its code; not what only a type checker reads."""
 

@@ -2,6 +2,7 @@
 
 python tools/inspect_data.py data/corpus                                          header, counts, fingerprint
 python tools/inspect_data.py data/corpus --validate                               … and a full scan of the index
+python tools/inspect_data.py data/corpus --entropy                                its unigram entropy alone, in nats a token
 python tools/inspect_data.py data/corpus --document 7 --tokenizer tokenizer.model document 7 as text
 python tools/inspect_data.py --run runs/my_run --step 500                         the documents in step 500 of a run
 python tools/inspect_data.py --run runs/my_run --step 500 --tokenizer tokenizer.model      … with their text
@@ -15,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megallama.data import IndexedDataset, Tokenizer, load_tokenizer, open_mixture
 from megallama.data.ramp import BatchPlan
 
+SCAN = 1 << 24  # tokens counted at a time
 EXCERPT = 120  # characters of each sample shown by --run
 
 
@@ -37,6 +40,17 @@ def describe(dataset: IndexedDataset) -> str:
     if dataset.num_documents:
         lines.insert(4, f"  mean length  {dataset.num_tokens / dataset.num_documents:,.1f} tokens a document")
     return "\n".join(lines)
+
+
+def unigram_entropy(dataset: IndexedDataset) -> float:
+    """Entropy of the ids' frequencies in nats a token: the loss of a model that knows frequencies and no context."""
+    counts = np.zeros(0, np.int64)
+    for lo in range(0, dataset.num_tokens, SCAN):
+        part = np.bincount(dataset.tokens(lo, min(lo + SCAN, dataset.num_tokens)), minlength=len(counts))
+        part[: len(counts)] += counts
+        counts = part
+    share = counts[counts > 0] / dataset.num_tokens
+    return float(-(share * np.log(share)).sum())
 
 
 def show_document(dataset: IndexedDataset, k: int, tokenizer: Tokenizer | None) -> str:
@@ -134,6 +148,7 @@ def main() -> None:
     parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="path of a corpus without .bin or .idx")
     parser.add_argument("--document", type=int, metavar="K", help="show document K, counted from 0")
     parser.add_argument("--validate", action="store_true", help="check every entry of the index")
+    parser.add_argument("--entropy", action="store_true", help="print the unigram entropy, in nats a token")
     parser.add_argument(
         "--run", type=Path, metavar="DIR", help="output_dir of a run (reads config.yaml, metrics.jsonl)"
     )
@@ -150,6 +165,9 @@ def main() -> None:
         dataset = IndexedDataset(arguments.prefix)
         if arguments.document is not None:
             print(show_document(dataset, arguments.document, tokenizer))
+            return
+        if arguments.entropy:
+            print(f"{unigram_entropy(dataset):.4f}")
             return
         print(describe(dataset))
         if arguments.validate:

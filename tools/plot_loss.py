@@ -77,6 +77,18 @@ def decorate(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def verdict(name: str, records: list[dict], references: dict[str, float]) -> str:
+    """Where a run has ended: its last validation loss (else its last loss), and how far that is from each reference."""
+    kind = "valid_loss" if series(records, "valid_loss")[0] else "loss"
+    steps, losses = series(records, kind)
+    places = [
+        f"{abs(losses[-1] - value):.3f} {'below' if losses[-1] < value else 'above'} {other} ({value:.3f})"
+        for other, value in references.items()
+    ]
+    title = "validation loss" if kind == "valid_loss" else "loss"
+    return ", ".join([f"{name}: {title} {losses[-1]:.3f} at step {steps[-1]}", *places])
+
+
 def reference(text: str) -> tuple[str, float]:
     """("entropy", 6.4) from "entropy=6.4"."""
     name, _, value = text.rpartition("=")
@@ -103,6 +115,8 @@ def main() -> None:
         plot(runs, dict(options.reference), options.output)
     except (OSError, ValueError) as error:
         parser.exit(1, f"plot_loss: error: {error}\n")
+    for name, records in runs.items():
+        print(verdict(name, records, dict(options.reference)))
     print(f"wrote {options.output}")
 
 

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=runs/quickstart
-steps=180
+config=examples/quickstart/pretrain.yaml
+steps=$(sed -n 's/^  steps: *//p' $config)
 
 step() { # step RESULT TITLE COMMAND...
     local result=$1 title=$2
@@ -17,16 +18,27 @@ step() { # step RESULT TITLE COMMAND...
     fi
 }
 
-step $out/corpus "collect text" \
+step $out/corpus "collect text from this Python's documentation and library" \
     python tools/make_quickstart_corpus.py --output $out/corpus
 step $out/tokenizer.model "train a tokenizer" \
     python tools/train_tokenizer.py --input $out/corpus/*.jsonl --vocab-size 8192 --output $out/tokenizer
 step $out/data.idx "tokenise" \
     python tools/preprocess_data.py --input $out/corpus/*.jsonl --tokenizer $out/tokenizer.model \
     --output-prefix $out/data --workers 2
-step "$out/run/checkpoints/step_$(printf %08d $steps)" "pretrain on two processes" \
-    torchrun --nproc-per-node 2 -m megallama pretrain --config examples/quickstart/pretrain.yaml --train.steps $steps
-step $out/loss.png "plot the loss" \
-    python tools/plot_loss.py $out/run --output $out/loss.png
-
-echo "everything is in $out: the loss curve in loss.png, the run in run/"
+step "$out/run/checkpoints/step_$(printf %08d "$steps")" "pretrain on two processes (tensor parallel)" \
+    torchrun --nproc-per-node 2 -m megallama pretrain --config $config
+entropy=$(python tools/inspect_data.py $out/data --entropy)
+python tools/plot_loss.py $out/run --output $out/loss.png --reference "unigram entropy=$entropy" | tee $out/verdict.txt
+if ! grep -q "below unigram entropy" $out/verdict.txt; then
+    echo "the loss did not fall below the corpus's unigram entropy: the model has learnt nothing but frequencies" >&2
+    exit 1
+fi
+echo "[run]  continue a prompt greedily"
+torchrun --nproc-per-node 2 -m megallama generate --config $config
+cat <<TEXT
+corpus      $out/corpus
+tokenizer   $out/tokenizer.model
+data        $out/data.bin, $out/data.idx   (python tools/inspect_data.py $out/data)
+run         $out/run                       metrics.jsonl, tensorboard/, checkpoints/, config.yaml
+loss curve  $out/loss.png
+TEXT

@@ -27,7 +27,11 @@ _NAME = re.compile(r"step_(\d{8,})")
 def checkpoint_folders(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, newest step first; never judged by file times."""
     found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 class Checkpointer:
@@ -105,7 +109,7 @@ class Checkpointer:
                 shutil.rmtree(final, ignore_errors=True)
                 folder.rename(final)
                 sync(self.root)
-                self._prune()
+                self._prune(step)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -118,8 +122,11 @@ class Checkpointer:
         dist.barrier(self.group)
         return out or []
 
-    def _prune(self) -> None:
-        for old in checkpoint_folders(self.root)[self.keep :] if self.keep else []:
+    def _prune(self, step: int) -> None:
+        """Remove the oldest up to `step`. Later ones are of a course that was given up, perhaps as they are damaged;
+        counted among those to keep, they would push out the valid ones."""
+        past = [folder for folder in checkpoint_folders(self.root) if _step(folder) <= step]
+        for old in past[self.keep :] if self.keep else []:
             shutil.rmtree(old)
 
     def load_newest(self, slots: Callable[[], Slots], note: Callable[[str], None]) -> Store | None:

@@ -13,6 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
+from itertools import islice
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ FORMAT, VERSION = "megallama", 1
 CHUNK = 4 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MANIFEST = "manifest.json"
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading JSON of an unexpected structure raises."""
 
 
 class Entry(NamedTuple):
@@ -87,9 +90,14 @@ def write_manifest(
     }
     manifest = {"format": FORMAT, "version": VERSION, **meta, "shapes": shapes, "files": files}
     path = folder / MANIFEST
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "crc32": _signature(manifest)}))
     sync(path)
     sync(folder)
+
+
+def _signature(manifest: dict[str, Any]) -> int:
+    """CRC32 of a manifest without its "crc32". What was read from JSON is written alike again, so this can be checked."""
+    return zlib.crc32(json.dumps({key: value for key, value in manifest.items() if key != "crc32"}).encode())
 
 
 def sync(path: Path) -> None:
@@ -116,16 +124,20 @@ class _File:
         if length > size - 8:
             raise ValueError(f"{path}: the safetensors header claims {length} bytes of a file of {size}")
         self.path, self.crc32, self.start = path, crc32, 8 + length
-        self.header = json.loads(self.map[8 : self.start])
+        try:
+            header = json.loads(self.map[8 : self.start])
+            header.pop("__metadata__", None)
+            self.header = {key: (DTYPES[info["dtype"]], *info["data_offsets"]) for key, info in header.items()}
+        except _MALFORMED as error:
+            raise ValueError(f"{path}: the safetensors header is corrupt: {error!r}") from error
         self.verified: set[tuple[str, int]] = set()
 
     def read(self, key: str, stored: Rect, wanted: Rect, out: Tensor) -> None:
         """Copy rectangle `wanted`, which lies in `stored`, to `out` (height, width)."""
         if key not in self.header:
             raise ValueError(f"{self.path}: tensor {key} is missing")
-        info = self.header[key]
-        dtype, (lo, hi) = DTYPES[info["dtype"]], info["data_offsets"]
-        if hi - lo != stored.area * dtype.itemsize or self.start + hi > len(self.map):
+        dtype, lo, hi = self.header[key]
+        if hi - lo != stored.area * dtype.itemsize or lo < 0 or self.start + hi > len(self.map):
             raise ValueError(
                 f"{self.path}: tensor {key} has {hi - lo} bytes, its rectangle {tuple(stored)} another size"
             )
@@ -138,6 +150,8 @@ class _File:
 
     def _verify(self, key: str, lo: int, hi: int, top: int, bottom: int) -> None:
         """Check the chunks of the tensor at lo:hi that its bytes top:bottom touch."""
+        if len(self.crc32[key]) != -(-(hi - lo) // CHUNK):
+            raise ValueError(f"{self.path}: tensor {key} of {hi - lo} bytes has {len(self.crc32[key])} checksums")
         for chunk in range(top // CHUNK, -(-bottom // CHUNK)):
             if (key, chunk) in self.verified:
                 continue
@@ -155,27 +169,41 @@ class Store:
         shapes: canonical name -> shape.
 
     Raises:
-        ValueError: no manifest, another format or version, or a file outside the folder.
+        ValueError: no manifest, a damaged one, another format or version, or a file outside the folder.
     """
 
     def __init__(self, folder: Path):
         path = folder / MANIFEST
         try:
             self.manifest = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            found = self.manifest.get("format"), self.manifest.get("version")
+        except (OSError, *_MALFORMED) as error:
             raise ValueError(f"{folder} is not a checkpoint: {error}") from error
-        found = self.manifest.get("format"), self.manifest.get("version")
         if found != (FORMAT, VERSION):
             raise ValueError(f"{path}: format {found}, but this version reads {(FORMAT, VERSION)}")
+        if self.manifest.get("crc32") != _signature(self.manifest):
+            raise ValueError(f"{path} is corrupt (its checksum)")
         self.folder = folder
-        self.shapes = {name: tuple(shape) for name, shape in self.manifest["shapes"].items()}
         self._files: dict[str, _File] = {}
         self._index: dict[str, Index[tuple[str, str]]] = {}
-        for file, record in self.manifest["files"].items():
-            if os.path.basename(file) != file:
-                raise ValueError(f"{path}: file {file!r} lies outside the checkpoint")
-            for key, (state, name, r0, r1, c0, c1, _) in record["tensors"].items():
-                self._index.setdefault(state, Index()).add(name, Rect(r0, r1, c0, c1), (file, key))
+        self._disjoint: set[tuple[str, str]] = set()
+        try:
+            self.shapes = {name: tuple(shape) for name, shape in self.manifest["shapes"].items()}
+            for file, record in self.manifest["files"].items():
+                self._add(file, record["size"], record["tensors"])
+        except _MALFORMED as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def _add(self, file: str, size: int, tensors: dict[str, list]) -> None:
+        if os.path.basename(file) != file:
+            raise ValueError(f"file {file!r} lies outside the checkpoint")
+        for key, (state, name, *sides, crc32) in tensors.items():
+            rect = Rect(*sides)
+            if not (all(type(side) is int for side in rect) and 0 <= rect.r0 < rect.r1 and 0 <= rect.c0 < rect.c1):
+                raise ValueError(f"{key} in {file}: {sides} is no rectangle")
+            if type(size) is not int or type(crc32) is not list:
+                raise ValueError(f"{key} in {file}: size {size!r} or checksums {crc32!r}")
+            self._index.setdefault(state, Index()).add(name, rect, (file, key))
 
     def read(self, state: str, name: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of a tensor's `state` to `out` (height, width), verified.
@@ -185,9 +213,23 @@ class Store:
         """
         if state not in self._index:
             raise ValueError(f"{self.folder} holds no {state}: it has {', '.join(sorted(self._index))}")
+        self._check_disjoint(state, name)
         for overlap, stored, (file, key) in self._index[state].cover(name, rect):
             place = overlap.shift(-rect.r0, -rect.c0)
             self._open(file).read(key, stored, overlap, out[place.r0 : place.r1, place.c0 : place.c1])
+
+    def _check_disjoint(self, state: str, name: str) -> None:
+        """Without overlaps, `cover` cannot take what is stored twice for what is missing elsewhere."""
+        if (state, name) in self._disjoint:
+            return
+        rects = sorted(rect for rect, _ in self._index[state].by_name.get(name, ()))
+        for n, rect in enumerate(rects):
+            for other in islice(rects, n + 1, None):
+                if other.r0 >= rect.r1:
+                    break
+                if rect.meet(other):
+                    raise ValueError(f"{self.folder}: {state} of {name} is stored twice: {tuple(rect)}, {tuple(other)}")
+        self._disjoint.add((state, name))
 
     def _open(self, file: str) -> _File:
         if file not in self._files:

@@ -127,6 +127,7 @@ class Bucket:
 
     def publish(self) -> None:
         """Cast this rank's masters to weights and start gathering everyone's."""
+        self.ready()  # a gather that nobody waited for still writes to the weights
         mine = self._shard(self.weights)
         if mine.data_ptr() != self.master.data_ptr():
             mine.copy_(self.master)

@@ -80,7 +80,7 @@ class Watch:
 
     def __init__(self, world: World, store: dist.Store) -> None:
         self._world = world
-        # Connections of our own: a wait blocks its connection, and the engine may be in one. torch's stubs lack `clone`.
+        # Connections of our own: a wait blocks its connection, and the engine may be in one. (Stubs lack `clone`.)
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._waiting: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._finished = self._noticed = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -81,12 +82,15 @@ def sketch(rank: int, world: int, tp: int, pp: int, kv_heads: int, tied: bool) -
     )
 
 
-def build_mesh(tp: int, pp: int, kv_heads: int, tied: bool, device: torch.device) -> Mesh:
+def build_mesh(
+    tp: int, pp: int, kv_heads: int, tied: bool, device: torch.device, timeout: timedelta | None = None
+) -> Mesh:
     """The mesh over the default process group (or one bare process). Collective: every rank makes the same call.
 
     Args:
         kv_heads: num_key_value_heads; K/V heads are replicated over consecutive tp ranks where tp is larger.
         tied: the embedding is shared by the first and the last stage.
+        timeout: after which a collective fails; None = the backend's default.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     plans = [sketch(r, world, tp, pp, kv_heads, tied) for r in range(world)]
@@ -100,7 +104,7 @@ def build_mesh(tp: int, pp: int, kv_heads: int, tied: bool, device: torch.device
             if getattr(plan, field).size > 1:
                 members.setdefault(key(plan), []).append(r)
         for ranks in members.values():
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout)
             if rank in ranks:
                 axis = axis._replace(group=group)
         return axis

@@ -159,12 +159,19 @@ class Progress:
                 clock(self._left(step)),
             ),
         )
-        body = Text(no_wrap=False)
-        for name, value, unit in fields(record):
-            cell = Text.assemble(
-                (f"{name} " if name else "", "dim"), (value, "cyan"), (f" {unit}" if unit else "", "dim")
-            )
-            # Non-breaking inside a field, so that a narrow terminal breaks lines between fields only.
-            cell.plain = cell.plain.replace(" ", "\u00a0")
-            body.append_text(cell).append("  ")
-        return Group(head, body)
+        cells = [
+            Text.assemble((f"{name} " if name else "", "dim"), (value, "cyan"), (f" {unit}" if unit else "", "dim"))
+            for name, value, unit in fields(record)
+        ]
+        return Group(head, *rows(cells, self._console.width))
+
+
+def rows(cells: list[Text], width: int) -> list[Text]:
+    """Cells two columns apart, in as many rows as the width asks for; no cell is broken."""
+    lines: list[Text] = []
+    for cell in cells:
+        if lines and len(lines[-1]) + 2 + len(cell) <= width:
+            lines[-1].append("  ").append_text(cell)
+        else:
+            lines.append(cell)
+    return lines

@@ -19,7 +19,7 @@ from megallama.data.samples import Corpus, Mixture
 from megallama.data.tokenizer import load_tokenizer
 from megallama.model.canonical import canonical_shapes
 from megallama.runtime.faults import guard
-from megallama.runtime.launch import connect, disconnect, rendezvous, resolve
+from megallama.runtime.launch import TIMEOUT, connect, disconnect, rendezvous, resolve
 from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.runtime.metrics import Metrics
 from megallama.runtime.progress import Progress
@@ -38,7 +38,8 @@ def on_mesh(config: Config, where: Callable[[], str]) -> Iterator[Mesh]:
     with guard(world, store, where, Path(config.output_dir) / "logs"):
         device = connect(world, store)
         model, parallel = config.model, config.parallel
-        yield build_mesh(parallel.tp, parallel.pp, model.num_key_value_heads, model.tie_word_embeddings, device)
+        tied = model.tie_word_embeddings
+        yield build_mesh(parallel.tp, parallel.pp, model.num_key_value_heads, tied, device, TIMEOUT)
     disconnect()
 
 
@@ -86,8 +87,8 @@ def resume(
 ) -> int:
     """Go on from what checkpoint.load names; returns the samples consumed so far. Collective.
 
-    auto is the newest valid checkpoint of this run, if there is one; none starts anew; hf:FOLDER takes the weights of an
-    HF Llama where this run has no checkpoint of its own; anything else is a checkpoint's folder.
+    auto is the newest valid checkpoint of this run, if there is one; none starts anew; hf:FOLDER takes an HF Llama's
+    weights where this run has no checkpoint of its own; anything else is a checkpoint's folder.
     """
     source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
     assert optimizer is not None, "pretraining trains"

@@ -27,6 +27,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(300)), model_writer=out, vocab_size=400, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
         hard_vocab_limit=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"

@@ -132,9 +132,9 @@ def test_finished_parts_stay_and_damaged_or_foreign_ones_go(corpus: Path, tokeni
 
 
 def test_two_runs_do_not_write_the_same_parts(tmp_path: Path):
-    with holding(tmp_path), holding(tmp_path), pytest.raises(ValueError, match="in use by another run"):
-        with holding(tmp_path, exclusive=True, patience=0.2):
-            pass
+    alone = holding(tmp_path, exclusive=True, patience=0.2)
+    with holding(tmp_path), holding(tmp_path), pytest.raises(ValueError, match="in use by another run"), alone:
+        pass
     with holding(tmp_path, exclusive=True, patience=0.0):
         pass
 
@@ -198,6 +198,7 @@ def test_errors_are_one_line_and_leave_nothing(tokenizer_path: Path, tmp_path: P
     (tmp_path / "a_file").touch()
 
     def attempt(*, source: str = "in.txt", tokenizer: object = tokenizer_path, out: str = "out", more: tuple = ()):
+        shutil.rmtree(tmp_path / "out.parts", ignore_errors=True)
         paths = ["--input", tmp_path / source, "--tokenizer", tokenizer, "--output-prefix", tmp_path / out]
         return tool("preprocess_data", *paths, "--workers", 1, *more)
 
