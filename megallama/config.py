@@ -168,13 +168,6 @@ class TrainConfig:
     max_bad_steps: int = 10
     profile: ProfileConfig | None = None
 
-    def batch_size_at(self, consumed_samples: int) -> int:
-        """Global batch size, in samples, of the step that begins after `consumed_samples` samples."""
-        if self.ramp is None or consumed_samples >= self.ramp.samples:
-            return self.global_batch_size
-        rises = (self.global_batch_size - self.ramp.start) // self.ramp.increment
-        return self.ramp.start + self.ramp.increment * (consumed_samples * rises // self.ramp.samples)
-
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -253,13 +252,6 @@ def test_the_schedules_are_those_of_the_pipeline_room() -> None:
 
 def test_every_key_has_its_help() -> None:
     assert [o.key for o in options.options(Config) if not o.help] == []
-
-
-def test_batch_ramp() -> None:
-    train = TrainConfig(global_batch_size=16, ramp=RampConfig(start=4, increment=4, samples=300))
-    sizes = [train.batch_size_at(n) for n in (0, 99, 100, 199, 200, 299, 300, 10**9)]
-    assert sizes == [4, 4, 8, 8, 12, 12, 16, 16]
-    assert dataclasses.replace(train, ramp=None).batch_size_at(0) == 16
 
 
 def test_micro_batches() -> None:

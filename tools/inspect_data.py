@@ -2,7 +2,7 @@
 
 python tools/inspect_data.py data/corpus                                          header, counts, fingerprint
 python tools/inspect_data.py data/corpus --validate                               … and a full scan of the index
-python tools/inspect_data.py data/corpus --entropy                                its unigram entropy alone, in nats a token
+python tools/inspect_data.py data/corpus --entropy                                unigram entropy in nats a token
 python tools/inspect_data.py data/corpus --document 7 --tokenizer tokenizer.model document 7 as text
 python tools/inspect_data.py --run runs/my_run --step 500                         the documents in step 500 of a run
 python tools/inspect_data.py --run runs/my_run --step 500 --tokenizer tokenizer.model      … with their text

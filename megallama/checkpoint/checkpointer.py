@@ -140,8 +140,7 @@ class Checkpointer:
             ValueError: there are checkpoints, but none is valid.
         """
         faults = []
-        folders = checkpoint_folders(self.root)
-        for folder in folders:
+        for folder in self._folders():
             store, fault = self._try(folder, slots())
             if store is not None:
                 return store
@@ -153,6 +152,13 @@ class Checkpointer:
                 f"set checkpoint.load=none to start anew or checkpoint.load to another folder"
             )
         return None
+
+    def _folders(self) -> list[Path]:
+        """The checkpoints as rank 0 sees them: all ranks must try the same ones in the same order."""
+        box = [checkpoint_folders(self.root)]
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def load(self, folder: Path, slots: Callable[[], Slots]) -> Store:
         """Read one checkpoint.

@@ -96,7 +96,7 @@ def write_manifest(
 
 
 def _signature(manifest: dict[str, Any]) -> int:
-    """CRC32 of a manifest without its "crc32". What was read from JSON is written alike again, so this can be checked."""
+    """CRC32 of a manifest without its own "crc32". JSON that was read is written alike again, so it can be checked."""
     return zlib.crc32(json.dumps({key: value for key, value in manifest.items() if key != "crc32"}).encode())
 
 

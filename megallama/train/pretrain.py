@@ -13,9 +13,8 @@ import torch.distributed as dist
 from megallama.checkpoint import Checkpointer, Store, checkpoint_folders
 from megallama.checkpoint.formats.hf import HFSource, export_hf
 from megallama.config import Config, dump
-from megallama.data.indexed import IndexedDataset
 from megallama.data.loader import Loader
-from megallama.data.samples import Corpus, Mixture
+from megallama.data.samples import open_mixture
 from megallama.data.tokenizer import load_tokenizer
 from megallama.model.canonical import canonical_shapes
 from megallama.runtime.faults import guard
@@ -135,18 +134,16 @@ def pretraining_task(config: Config, mesh: Mesh) -> Task:
                 f"set model.vocab_size to at least {tokenizer.vocab_size}"
             )
         fingerprints["tokenizer"] = tokenizer.fingerprint()
-    datasets = [IndexedDataset(source.prefix) for source in data.sources]
-    for source, dataset in zip(data.sources, datasets, strict=True):
-        fingerprints[f"data {source.prefix}"] = dataset.fingerprint()
 
     def loader(part: str) -> Loader:
-        corpora = [Corpus(dataset, data.seq_length, data.split, part) for dataset in datasets]
-        mixture = Mixture(corpora, [source.weight for source in data.sources], config.train.seed)
+        sources = [(source.prefix, source.weight) for source in data.sources]
+        mixture = open_mixture(sources, data.seq_length, data.split, part, config.train.seed)
         return Loader(mixture, data.mask_documents, mesh.tp.size, model.vocab_size)
 
+    train = loader("train")
+    fingerprints |= {f"data {corpus.dataset.prefix}": corpus.dataset.fingerprint() for corpus in train.mixture.corpora}
     validates = data.split > 0 and config.train.valid_interval > 0
-    loss = NextToken(model.vocab_size, mesh.tp)
-    return Task(loss, loader("train"), loader("valid") if validates else None, fingerprints)
+    return Task(NextToken(model.vocab_size, mesh.tp), train, loader("valid") if validates else None, fingerprints)
 
 
 def prepare_folder(config: Config, mesh: Mesh) -> None:

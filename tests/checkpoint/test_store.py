@@ -131,7 +131,7 @@ def test_only_touched_chunks_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
     flip(folder / "rank_00000.safetensors", -1)
     top = Rect(0, 18, 0, 30)
     assert torch.equal(read(folder, "w", top), values("w", top))
-    with pytest.raises(ValueError, match="weight/w/0_0 is corrupt .*chunk 9"):
+    with pytest.raises(ValueError, match=r"weight/w/0_0 is corrupt .*chunk 9"):
         read(folder, "w", Rect(17, 19, 4, 5))
     assert CHUNK == 4 << 20
 
@@ -160,7 +160,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(saved: Path) -> None:
     for at in range(len(good)):
         path.write_bytes(good)
         flip(path, at, at % 7)
-        with pytest.raises(ValueError, match="checkpoint|manifest"):
+        with pytest.raises(ValueError, match=r"checkpoint|manifest"):
             Store(saved)
 
 
@@ -181,7 +181,7 @@ def test_a_missing_file_is_named(saved: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"format": "other"}', b"[" * 100_000])
 def test_what_is_no_manifest_is_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(ValueError, match="not a checkpoint|format"):
+    with pytest.raises(ValueError, match=r"not a checkpoint|format"):
         Store(tmp_path)
 
 

@@ -206,9 +206,8 @@ def main() -> None:
     if args.worker:
         worker(args.worker, args.samples, args.rounds, args.warmup, args.tp, args.pp)
         return
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, model {BENCH.hidden_size} x {BENCH.num_hidden_layers}"
-    )
+    shape = f"{BENCH.hidden_size} wide, {BENCH.num_hidden_layers} blocks, vocabulary {BENCH.vocab_size}"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32, {shape}, sequences of {SEQUENCE}")
     single(args.samples, args.rounds, args.warmup, args.compile)
     if args.layouts:
         layouts(2 * args.samples, args.rounds, args.warmup)
