@@ -13,9 +13,8 @@ import torch.distributed as dist
 from megallama.checkpoint import Checkpointer, Store, checkpoint_folders
 from megallama.checkpoint.formats.hf import HFSource, export_hf
 from megallama.config import Config, dump
+from megallama.data import check_vocabulary, load_tokenizer, open_mixture
 from megallama.data.loader import Loader
-from megallama.data.samples import open_mixture
-from megallama.data.tokenizer import load_tokenizer
 from megallama.model.canonical import canonical_shapes
 from megallama.runtime.faults import guard
 from megallama.runtime.launch import TIMEOUT, connect, disconnect, rendezvous, resolve
@@ -125,15 +124,9 @@ def pretraining_task(config: Config, mesh: Mesh) -> Task:
         raise ValueError(
             "data.sources is empty: name at least one {prefix: …, weight: …} made by tools/preprocess_data.py"
         )
-    fingerprints = {}
-    if data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size={model.vocab_size}; "
-                f"set model.vocab_size to at least {tokenizer.vocab_size}"
-            )
-        fingerprints["tokenizer"] = tokenizer.fingerprint()
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    check_vocabulary([source.prefix for source in data.sources], model.vocab_size, tokenizer)
+    fingerprints = {"tokenizer": tokenizer.fingerprint()} if tokenizer else {}
 
     def loader(part: str) -> Loader:
         sources = [(source.prefix, source.weight) for source in data.sources]
