@@ -2,6 +2,7 @@
 # From the Python installation's own text to a trained model. A step whose result is there already is skipped.
 # `make quickstart` runs this in .venv.
 set -euo pipefail
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes on a laptop's cores: one thread each
 cd "$(dirname "$0")/../.."
 out=runs/quickstart
 config=examples/quickstart/pretrain.yaml

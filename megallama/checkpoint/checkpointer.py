@@ -51,6 +51,10 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.root / f"step_{step:08d}"
+
     def save(self, step: int, slots: Slots, meta: dict[str, Any]) -> None:
         """Write `root`/step_…; `meta` goes into the manifest. Waits for the save before, and raises its failure."""
         self.wait()
@@ -88,7 +92,7 @@ class Checkpointer:
 
     def _write(self, step: int, parts: list, meta: dict[str, Any]) -> None:
         rank = self.mesh.world.rank
-        final = self.root / f"step_{step:08d}"
+        final = self.folder(step)
         folder = final.with_name(final.name + ".tmp")
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -46,6 +46,7 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,), weight, axis, grads = ctx.saved_tensors, ctx.weight, ctx.axis, ctx.grads
+        x = x.detach()  # a product that waits for its W must not keep the graph behind x alive
         gathered = None if grads.deferred else start_all_gather(x, axis)
         dx = start_reduce_scatter(dy @ weight, axis)
         grads.product(weight, lambda: (dy, gathered.wait() if gathered else all_gather(x, axis)))
@@ -64,6 +65,7 @@ class _Row(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (x,), weight, grads = ctx.saved_tensors, ctx.weight, ctx.grads
+        x = x.detach()  # as in _Column
         dy = all_gather(dy, ctx.axis)
         dx = dy @ weight
         grads.product(weight, lambda: (dy, x))

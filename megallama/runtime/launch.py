@@ -15,6 +15,7 @@ import datetime
 import os
 import re
 import socket
+import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -129,7 +130,8 @@ def rendezvous(world: World, timeout: datetime.timedelta = TIMEOUT) -> dist.Stor
     made from the job's and the step's number; under mpirun, rank 0 opens a free port and MPI tells the others.
 
     Raises:
-        ValueError: MPI sees another number of ranks than mpirun started (mpi4py belongs to another MPI).
+        ValueError: the first node's name does not resolve; or MPI sees another number of ranks than mpirun started
+            (mpi4py belongs to another MPI).
     """
     if world.size == 1:
         return None
@@ -139,13 +141,41 @@ def rendezvous(world: World, timeout: datetime.timedelta = TIMEOUT) -> dist.Stor
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if world.launcher == "srun":
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-        host = host or ("127.0.0.1" if alone else hosts(nodes)[0])
+        host = host or ("127.0.0.1" if alone else node_address(hosts(nodes)[0]))
         port = port or str(slurm_port(os.environ))
     if not host or not port:
         raise ValueError(f"{world.launcher} started {world.size} ranks: set MASTER_ADDR and MASTER_PORT to rank 0's")
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=port)
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     return store
+
+
+def node_address(node: str) -> str:
+    """What a Slurm node is reached by: its name, or Slurm's own address of it where no resolver knows the name.
+
+    Raises:
+        ValueError: neither resolves. Said here, since the store would go on trying until its timeout.
+    """
+    if resolves(node):
+        return node
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["scontrol", "--oneliner", "show", "node", node]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        known = re.search(r"\bNodeAddr=(\S+)", shown)
+        if known and resolves(known[1]):
+            return known[1]
+    raise ValueError(
+        f"the name of this step's first node, {node}, does not resolve on {socket.gethostname()}, and scontrol knows "
+        f"no address of it: set MASTER_ADDR to one"
+    )
+
+
+def resolves(name: str) -> bool:
+    """Whether the machine knows an address by this name."""
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
 
 
 def slurm_port(env: Mapping[str, str]) -> int:

@@ -143,14 +143,18 @@ class Loop:
         return stats, record
 
     def _report(self, step: int, stats: Stats, record: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(record)
+        """Show and write a step, with what was strange about it under the key `event`."""
         self.progress.update(step, record)
+        events = []
         if spike := self.spike(stats.loss):
-            self.progress.note(f"step {step}: {spike}")
-        self.bad_steps = self.bad_steps + 1 if stats.skipped else 0
+            events.append(spike)
         if stats.skipped:
-            self.progress.note(f"step {step}: gradient norm is {stats.grad_norm}; no rank changed its weights")
+            events.append(f"gradient norm is {stats.grad_norm}: no rank changed its weights")
+        for event in events:
+            self.progress.note(f"step {step}: {event}")
+        if self.metrics is not None:
+            self.metrics.write(record | ({"event": "; ".join(events)} if events else {}))
+        self.bad_steps = self.bad_steps + 1 if stats.skipped else 0
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise ValueError(
                 f"{self.bad_steps} consecutive steps had non-finite gradients (train.max_bad_steps="

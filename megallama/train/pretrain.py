@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megallama.checkpoint import Checkpointer, Store, checkpoint_folders
+from megallama.checkpoint import Checkpointer, Store
 from megallama.checkpoint.formats.hf import HFSource, export_hf
 from megallama.config import Config, dump
 from megallama.data import check_vocabulary, load_tokenizer, open_mixture
@@ -74,9 +74,9 @@ def pretrain(trainer: Trainer, task: Task) -> None:
             progress.note(line)
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
         if keep.export_hf and first and trainer.done == config.train.steps:
-            newest, folder = Store(checkpoint_folders(checkpointer.root)[0]), Path(keep.export_hf)
+            last, folder = Store(checkpointer.folder(trainer.done)), Path(keep.export_hf)
             tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-            export_hf(newest, config.model, folder, tokenizer=tokenizer)
+            export_hf(last, config.model, folder, tokenizer=tokenizer)
             progress.note(f"HF export in {folder}")
 
 

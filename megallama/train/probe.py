@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megallama.data.batch import Batch
 from megallama.model.canonical import HEAD, block_name
-from megallama.model.llama import Stage
+from megallama.model.llama import Block, Stage
 from megallama.parallel.layers import vocab_piece
 from megallama.parallel.pieces import Piece, Rect
 from megallama.runtime.mesh import Axis
@@ -82,6 +82,7 @@ def _readers(stage: Stage, kv: Axis) -> Iterator[tuple[nn.Module, Read]]:
     if stage.embed is not None:
         yield stage.embed, reader.tokens(_module(stage.embed.pieces["weight"][0]))
     for number, block in enumerate(stage.blocks, stage.span.first):
+        assert isinstance(block, Block), f"stage holds a {type(block).__name__} among its blocks"
         name = block_name(number)
         for norm, linear, inside, row in (
             (block.input_norm, block.qkv, "self_attn (rotary embedding and attention)", block.o),
@@ -103,7 +104,8 @@ def forward_outputs(trainer: Trainer, micros: Sequence[Batch]) -> dict[int, list
 
     The global batch is the replicas' micro-batches one after another. Rows beyond a micro-batch's tokens are padding.
     """
-    mesh, outputs = trainer.mesh, {}
+    mesh = trainer.mesh
+    outputs: dict[int, list[Part]] = {}
 
     def listen(read: Read) -> Callable:
         calls = iter(range(mesh.dp.rank * len(micros), (mesh.dp.rank + 1) * len(micros)))

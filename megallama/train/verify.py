@@ -54,8 +54,8 @@ def bare_ranks(config: Config) -> int:
     config.validate(replica)
     if replica > MAX_RANKS:
         raise ValueError(
-            f"parallel.tp={config.parallel.tp} x parallel.pp={config.parallel.pp} = {replica} ranks are too many to start "
-            f"on this machine (at most {MAX_RANKS}); run `megallama verify` under torchrun, srun or mpirun"
+            f"parallel.tp={config.parallel.tp} x parallel.pp={config.parallel.pp} = {replica} ranks are too many to "
+            f"start on this machine (at most {MAX_RANKS}); run `megallama verify` under torchrun, srun or mpirun"
         )
     if 2 * replica <= 8:
         try:
@@ -97,11 +97,11 @@ def _bare_rank(config: Config, rank: int, size: int, port: int) -> None:
 
 
 def _run_rank(config: Config, world: World) -> int:
-    at = ["starting"]
     store = rendezvous(world)
-    with guard(world, store, lambda: f"verify, {at[0]}"):
+    with guard(world, store, lambda: f"verify, {verification.dtype}"):
         device = connect(world, store)
-        agrees = Verification(config, device, Console(width=110, highlight=False), at).run()
+        verification = Verification(config, device, Console(width=110, highlight=False))
+        agrees = verification.run()
     disconnect()
     return 0 if agrees else 1
 
@@ -111,20 +111,22 @@ class Verification:
 
     Args:
         console: where rank 0 prints.
-        at: its one entry is kept at what is being run, for messages about errors.
+
+    Attributes:
+        dtype: the precision that is being run.
     """
 
-    def __init__(self, config: Config, device: torch.device, console: Console, at: list[str] | None = None):
-        self.config, self.console, self.at = config, console, at or [""]
+    def __init__(self, config: Config, device: torch.device, console: Console):
+        self.config, self.console, self.dtype = config, console, ""
         parallel, model = config.parallel, config.model
         shape = shrink(config, dist.get_world_size() if dist.is_initialized() else 1, 1, "float64").model
         self.mesh = build_mesh(parallel.tp, parallel.pp, shape.num_key_value_heads, model.tie_word_embeddings, device)
 
     def run(self) -> bool:
         """Whether every precision agrees; the same on all ranks."""
-        verdicts = []
+        verdicts: list[bool] = []
         for dtype, steps in STEPS.items():
-            self.at[0] = dtype
+            self.dtype = dtype
             small = shrink(self.config, self.mesh.world.size, steps, dtype)
             small.validate(self.mesh.world.size)
             ranks = self._gather(run_layout(small, self.mesh))
@@ -223,7 +225,8 @@ def report(config: Config, comparison: Comparison) -> Iterator[Table | str]:
         name, micro = output
         yield f"first divergent module, forward: {name} in micro-batch {micro}, error {comparison.outputs[output]:.1e}"
     elif gradient:
-        yield f"forward agrees; first divergent gradient, backward: {gradient}, error {comparison.gradients[gradient]:.1e}"
+        error = comparison.gradients[gradient]
+        yield f"forward agrees; first divergent gradient, backward: {gradient}, error {error:.1e}"
     yield ""
 
 

@@ -144,8 +144,10 @@ def one_process(fn: Callable[..., Any], args: tuple) -> Any:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)], ids="tp{0[0]}-pp{0[1]}-dp{0[2]}".format
-)  # fmt: skip
+    "layout",
+    [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)],
+    ids=lambda layout: "tp{}-pp{}-dp{}".format(*layout),
+)
 def test_resuming_continues_bitwise(tmp_path: Path, layout: Layout) -> None:
     """Losses, norms, weights and moments; and saving in the background stores the same bytes."""
     config = config_of(layout, tmp_path)
@@ -293,7 +295,7 @@ def test_another_model_is_named(tmp_path: Path) -> None:
     _, where = run_alone(tmp_path, 1)
     config = config_of(Layout(), tmp_path, model=replace(MODEL, intermediate_size=28))
     config = replace(config, checkpoint=CheckpointConfig(load=str(where.root / "step_00000001")))
-    with pytest.raises(ValueError, match=r"gate_proj.weight has shape \(24, 16\) there, but \(28, 16\)"):
+    with pytest.raises(ValueError, match=r"down_proj.weight has shape \(16, 24\) there, but \(16, 28\)"):
         resume(*open_run(config), {}, print)
 
 
@@ -345,11 +347,12 @@ def test_bf16_masters_survive(tmp_path: Path) -> None:
     trainer, where = open_run(config_of(Layout(), tmp_path, "bfloat16", optim=optim))
     assert trainer.optimizer is not None
     (bucket,) = trainer.optimizer.buckets[0]
-    before = bucket.weights.clone()
+    weights, masters = bucket.weights.clone(), bucket.master.clone()
     go(trainer, 2)
     save(trainer, where)
-    moved = (bucket.master != bucket.weights.float()).sum()
-    assert torch.equal(before, bucket.weights) and moved > 0.5 * bucket.size
+    moved = masters != bucket.master
+    assert moved.sum() > 0.9 * sum(weight.numel() for weight, _ in bucket.held)
+    assert (weights == bucket.weights)[moved].double().mean() > 0.9, "few weights cross a rounding boundary"
     other, there = open_run(config_of(Layout(), tmp_path, "bfloat16", optim=optim))
     resume(other, there, {}, lambda note: None)
     assert all(torch.equal(a, b) for a, b in zip(states(trainer), states(other), strict=True))

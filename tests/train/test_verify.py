@@ -259,7 +259,8 @@ def test_a_bare_command_starts_its_own_ranks(tmp_path):
 
 
 def test_torchrun_decides_the_ranks(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m")
+    launcher = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
+    launcher = (*launcher, "--nproc-per-node", "2", "-m")
     done = command(tmp_path, "--parallel.pp", "2", "--parallel.schedule", "zero-bubble", launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tp 1 x pp 2 x dp 1 on 2 ranks" in done.stdout and done.stdout.count("PASS") == 1
