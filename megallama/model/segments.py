@@ -49,4 +49,4 @@ PLAIN = Segments()
 
 def compiled() -> Segments:
     """The segments through torch.compile (train.compile)."""
-    return Segments(*(torch.compile(function) for function in PLAIN))
+    return Segments(torch.compile(rms_norm), torch.compile(split_rotate), torch.compile(swiglu))
