@@ -50,8 +50,8 @@ def run(config: Config) -> int:
         return f"stage {trainer.mesh.pp.rank}, step {trainer.done + 1}"
 
     with on_mesh(config, where) as mesh:
-        prepare_folder(config, mesh)
         task = pretraining_task(config, mesh)
+        prepare_folder(config, mesh)
         trainers.append(build_trainer(config, mesh))
         pretrain(trainers[0], task)
     return 0

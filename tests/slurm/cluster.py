@@ -138,7 +138,12 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
     slurm, names = Cluster(folder), [f"node{n}" for n in range(1, nodes + 1)]
     _configure(folder, names, cpus)
     with contextlib.ExitStack() as stack:
-        munged = ("munged", "--foreground", "--force", *(f"--{kind}-file={folder}/munge.{kind}" for kind in MUNGE_FILES))
+        munged = (
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{kind}-file={folder}/munge.{kind}" for kind in MUNGE_FILES),
+        )
         stack.enter_context(_daemon(slurm, "munged", [*munged, f"--socket={folder}/munge.socket"]))
         _until(slurm, lambda: (folder / "munge.socket").exists())
         stack.enter_context(_daemon(slurm, "slurmctld", ["slurmctld", "-D"]))

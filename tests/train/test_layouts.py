@@ -92,10 +92,11 @@ def groups() -> Iterator[dict[int, Ranks]]:
 
 
 def layout_config(tp: int, pp: int, dp: int, schedule: str, **given) -> Config:
-    """At least one layer a stage; micro-batches of 2, or of 1 where the schedule would have too few."""
+    """A layer a stage at least; two micro-batches a replica, in a pipeline four or one for each rank, if there are."""
     vpp = 2 if schedule == "interleaved" else 1
     model = replace(MODEL, num_hidden_layers=max(2, pp * vpp))
-    micro = 2 if SAMPLES // dp // 2 >= pp else 1
+    micros = max(4, pp) if pp > 1 else 2
+    micro = max(1, SAMPLES // dp // micros)
     return run_config(tp=tp, pp=pp, vpp=vpp, schedule=schedule, micro=micro, model=model, **given)
 
 
