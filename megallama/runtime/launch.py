@@ -235,7 +235,8 @@ def connect(world: World, store: dist.Store | None, timeout: datetime.timedelta 
         torch.cuda.set_device(device)
     if store is None:
         return device
-    if not gpu and world.local_size == world.size:  # the machine's own name may resolve slowly, wrongly or not at all
+    # The machine's own name may resolve slowly, wrongly or not at all. (Runs on GPUs have groups of gloo as well.)
+    if world.local_size == world.size:
         loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
     dist.init_process_group(
