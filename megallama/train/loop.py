@@ -114,7 +114,7 @@ class Loop:
                 if stats.stop:
                     self.progress.note(f"stopped by {stop.name or 'a signal on another rank'} after step {step}")
                     break
-        self.checkpointer.wait()
+            self.checkpointer.wait()  # a second signal must not cut the last save off
         if saved == self.trainer.done and len(steps):
             self.progress.note(f"checkpoint of step {saved} in {self.checkpointer.root}")
 

@@ -163,7 +163,7 @@ class Trainer:
             sums = self.infer(micros, lambda output, batch: loss(output, batch)[0].double())
             total += self._vector([sum(float(s) for s in sums), sum(b.count for b in micros)])
         loss_sum, count = all_reduce(total, self.mesh.dp).tolist()
-        return loss_sum / count
+        return loss_sum / count if count else math.nan
 
     def _vector(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.mesh.device)

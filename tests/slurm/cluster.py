@@ -20,13 +20,14 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 """Where programs are looked for: the daemons lie in folders that not every user's PATH has."""
 DAEMONS = ("munged", "slurmctld", "slurmd")
+MUNGE_FILES = ("key", "pid", "log", "seed")
 COMMANDS = ("sbatch", "srun", "scancel", "scontrol", "sinfo")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -158,9 +159,6 @@ def cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
                 _until(slurm, lambda: _idle(slurm) == nodes)
 
 
-MUNGE_FILES = ("key", "pid", "log", "seed")
-
-
 def _configure(folder: Path, names: Sequence[str], cpus: int) -> None:
     """slurm.conf, and the key by which the daemons know each other."""
     host, (port, *ports) = socket.gethostname(), _free_ports(1 + len(names))
@@ -208,7 +206,7 @@ def _idle(slurm: Cluster) -> int:
         return 0
 
 
-def _until(slurm: Cluster, ready, timeout: float = 60.0) -> None:
+def _until(slurm: Cluster, ready: Callable[[], bool], timeout: float = 60.0) -> None:
     end = time.monotonic() + timeout
     while not ready():
         if time.monotonic() > end:
