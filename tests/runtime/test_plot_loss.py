@@ -29,7 +29,10 @@ def test_a_picture_of_two_runs(tmp_path):
     picture = tmp_path / "new" / "loss.png"
     done = run(a, b / "metrics.jsonl", "--output", picture, "--reference", "unigram entropy=2.7")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote {picture}\n"
+    first, second, wrote = done.stdout.splitlines()
+    assert first == f"{a}: validation loss 2.000 at step 3, 0.700 below unigram entropy (2.700)"
+    assert second.startswith(f"{b / 'metrics.jsonl'}: validation loss 2.000 at step 3")
+    assert wrote == f"wrote {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
 
 
