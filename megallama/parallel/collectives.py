@@ -17,6 +17,11 @@ from torch import Tensor
 from megallama.runtime.mesh import Axis
 
 
+# PyTorch renamed both in 2.13 and warns at every call of the old name.
+_native_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class Pending:
     """A collective under way; `wait` returns its result and may be called once."""
 
@@ -54,7 +59,7 @@ def start_all_gather(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pendin
         out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     full = out
     if not _point_to_point(axis.group):
-        return Pending([dist.all_gather_into_tensor(full, x, group=axis.group, async_op=True)], lambda: full)
+        return Pending([_native_gather(full, x, group=axis.group, async_op=True)], lambda: full)
     parts = full.chunk(axis.size)
     if parts[axis.rank].data_ptr() != x.data_ptr():
         parts[axis.rank].copy_(x)
@@ -76,7 +81,7 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     assert x.shape[0] % axis.size == 0, f"{x.shape[0]} rows cannot be split over {axis.size} ranks"
     if not _point_to_point(axis.group):
         out = torch.empty_like(mine[axis.rank])
-        return Pending([dist.reduce_scatter_tensor(out, x, group=axis.group, async_op=True)], lambda: out)
+        return Pending([_native_reduce_scatter(out, x, group=axis.group, async_op=True)], lambda: out)
     parts = [part if rank == axis.rank else torch.empty_like(part) for rank, part in enumerate(mine)]
     works = []
     for peer in range(axis.size):
