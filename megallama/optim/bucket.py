@@ -44,7 +44,7 @@ class Bucket:
         slots: canonical rectangles in the shard.
         decayed: ranges of the shard under weight decay (matrices; not norms or biases).
         owned: ranges of the shard that this rank counts in the gradient norm.
-        tied: copies lie on other stages, so that its reduction must wait for the end of the whole pipeline.
+        partial: name of an axis -> ranges of the shard whose gradient is a part, to be summed over that axis.
     """
 
     def __init__(self, held: list[Held], mesh: Mesh):
@@ -57,15 +57,22 @@ class Bucket:
         self.exp_avg, self.exp_avg_sq = (torch.zeros(self.size, dtype=wide, device=mesh.device) for _ in range(2))
         mine = self._shard(self.weights)
         self.master = mine if mine.dtype == wide else mine.to(wide)
-        self.slots, decayed, owned = [], [], []
+        self.slots: list[Slot] = []
+        decayed: list[Range] = []
+        owned: list[Range] = []
+        partial: dict[str, list[Range]] = {}
         for (weight, held_pieces), start in zip(held, self._starts(), strict=True):
             weight.data = self.weights[start : start + weight.numel()].view_as(weight)
-            for slot in self._cut(held_pieces, matrix(tuple(weight.shape))[1], start, weight.numel()):
-                self.slots.append(slot)
-                decayed += [_span(slot)] if weight.ndim > 1 else []
-                owned += [_span(slot)] if slot.owner else []
+            for piece in held_pieces:
+                slots = list(self._cut(piece, matrix(tuple(weight.shape))[1], start, weight.numel()))
+                self.slots += slots
+                ranges = [_span(slot) for slot in slots]
+                decayed += ranges if weight.ndim > 1 else []
+                owned += [_span(slot) for slot in slots if slot.owner]
+                if piece.partial:
+                    partial.setdefault(piece.replicas, []).extend(ranges)
         self.decayed, self.owned = _merge(decayed), _merge(owned)
-        self.tied = mesh.tied.size > 1 and any(p.replicas == "tied" for h in held for p in h.pieces)
+        self.partial = {name: _merge(ranges) for name, ranges in partial.items()}
         self.left = 0
         self._reducing: Pending | None = None
         self._gathering: Pending | None = None
@@ -77,13 +84,13 @@ class Bucket:
     def _shard(self, flat: Tensor) -> Tensor:
         return flat[self.mesh.dp.rank * self.size :][: self.size]
 
-    def _cut(self, held: list[Piece], cols: int, start: int, numel: int) -> Iterator[Slot]:
-        """Slots of one parameter (`numel` elements from `start` of the flat buffer) in this rank's shard."""
+    def _cut(self, piece: Piece, cols: int, start: int, numel: int) -> Iterator[Slot]:
+        """Slots of one piece of a parameter (`numel` elements from `start` of the flat buffer) in this rank's shard."""
         origin = self.mesh.dp.rank * self.size
         owner = {name: self.mesh.replicas(name).rank == 0 for name in ("", "tp", "kv", "tied")}
         lo, hi = max(0, origin - start), min(numel, origin + self.size - start)
         for window in spans(lo, hi, cols):
-            yield from cut(held, cols, window, start - origin + window.r0 * cols + window.c0, owner)
+            yield from cut([piece], cols, window, start - origin + window.r0 * cols + window.c0, owner)
 
     def buffers(self) -> list[Tensor]:
         """For each parameter its view of the gradient buffer."""
@@ -93,37 +100,36 @@ class Bucket:
         ]
 
     def reduce(self, targets: Iterable[Target]) -> None:
-        """Sum replicas' partial gradients, then start the reduce-scatter over dp. Later calls of a step do nothing."""
+        """Start the reduce-scatter over dp. Later calls of a step do nothing."""
         if self._reducing is not None:
             return
         for target in targets:
             if target.fresh:  # nothing arrived in this step: what lies there is the last step's
                 target.buffer.zero_()
-        for name in ("tp", "kv", "tied"):
-            self._sum_replicas(name)
         self._reducing = start_reduce_scatter(self.grads, self.mesh.dp)
 
-    def _sum_replicas(self, name: str) -> None:
-        axis = self.mesh.replicas(name)
-        if axis.size == 1:
-            return
-        parts = []
-        for (weight, held), start in zip(self.held, self._starts(), strict=True):
-            cols = matrix(tuple(weight.shape))[1]
-            rects = [p.local for p in held if p.replicas == name and p.partial and p.rect.area]
-            parts += [self.grads[start + r.r0 * cols : start + r.r1 * cols] for r in rects]
-        if len(parts) == 1:
-            all_reduce(parts[0], axis)
-        elif parts:
-            total = all_reduce(torch.cat(parts), axis)
-            for part, summed in zip(parts, total.split([p.numel() for p in parts]), strict=True):
-                part.copy_(summed)
-
     def gradient(self) -> Tensor:
-        """This rank's shard (size,) of the summed gradient, once the reduce-scatter is done."""
+        """This rank's shard (size,) of the gradient, summed over dp and then over replicas. Collective.
+
+        Replicas come last because their copies must keep the same bits: one reduction hands all of them the same sum,
+        whereas several reduce-scatters over dp, one for each copy, may add up in different orders.
+        """
         assert self._reducing is not None, "reduce() comes before gradient()"
         shard, self._reducing = self._reducing.wait(), None
+        for name in self.partial:
+            self._sum_replicas(shard, name)
         return shard
+
+    def _sum_replicas(self, shard: Tensor, name: str) -> None:
+        axis, parts = self.mesh.replicas(name), [shard[lo:hi] for lo, hi in self.partial[name]]
+        if axis.size == 1 or not parts:
+            return
+        if len(parts) == 1:
+            all_reduce(parts[0], axis)
+            return
+        total = all_reduce(torch.cat(parts), axis)
+        for part, summed in zip(parts, total.split([p.numel() for p in parts]), strict=True):
+            part.copy_(summed)
 
     def publish(self) -> None:
         """Cast this rank's masters to weights and start gathering everyone's."""

@@ -74,7 +74,7 @@ class Zero1:
         def arrived(weight: Tensor) -> None:
             bucket = bucket_of[weight]
             bucket.left -= 1
-            if bucket.left == 0 and not bucket.tied:
+            if bucket.left == 0:
                 bucket.reduce(())
 
         stage.grads.arrived = arrived
@@ -94,21 +94,16 @@ class Zero1:
             bucket.left = len(bucket.held)
 
     def reduce(self, stage: int) -> None:
-        """The last contribution to `stage` is in: start whatever reduction has not started by itself.
-
-        A tied embedding waits for `gradients`: its sum blocks until the other end of the pipeline has come to it too,
-        which may need what this rank has still to compute.
-        """
-        self._reduce(stage, [bucket for bucket in self.buckets[stage] if not bucket.tied])
-
-    def _reduce(self, stage: int, buckets: list[Bucket]) -> None:
-        for bucket in buckets:
+        """The last contribution to `stage` is in: start whatever reduction has not started by itself."""
+        for bucket in self.buckets[stage]:
             bucket.reduce(self.grads[stage].targets[held.weight] for held in bucket.held)
 
     def gradients(self) -> list[tuple[Bucket, Tensor]]:
-        """After the last action: every bucket with this rank's shard of its gradient; waits for the reductions."""
-        for stage, buckets in self.buckets.items():
-            self._reduce(stage, buckets)
+        """After the last action: every bucket with this rank's shard of its gradient. Collective.
+
+        Only now are replicas summed: a tied embedding's sum blocks until the other end of the pipeline has come to it,
+        which during the pass may still need what this rank has to compute.
+        """
         return [(bucket, bucket.gradient()) for bucket in self._all()]
 
     def square_norm(self, gradients: list[tuple[Bucket, Tensor]]) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megallama.runtime.mesh import Axis
 
-
 # PyTorch renamed both in 2.13 and warns at every call of the old name.
 _native_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

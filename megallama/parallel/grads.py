@@ -81,7 +81,11 @@ class WeightGrads:
         target = self._target(weight)
         if target.fresh:
             target.buffer.zero_()
-        target.buffer.index_add_(0, rows, grad.to(target.buffer.dtype))
+        grad = grad.to(target.buffer.dtype)
+        if grad.is_cuda:  # sorts the rows: deterministic, where index_add_ adds in the order that threads come
+            target.buffer.index_put_((rows,), grad, accumulate=True)
+        else:
+            target.buffer.index_add_(0, rows, grad)
         self._count(weight, target)
 
     def take_queue(self) -> list[Callable[[], None]]:

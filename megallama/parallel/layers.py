@@ -79,7 +79,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, first: int, weight: nn.Parameter, axis: Axis, grads: WeightGrads) -> Tensor:
         rows = tokens - first
         outside = (rows < 0) | (rows >= weight.shape[0])
-        rows = rows.masked_fill(outside, 0)
+        rows = rows.remainder(weight.shape[0])  # spreads the others' tokens, whose gradient is zero, over all rows
         ctx.save_for_backward(rows, outside)
         ctx.weight, ctx.axis, ctx.grads = weight, axis, grads
         y = weight[rows]

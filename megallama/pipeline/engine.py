@@ -80,9 +80,7 @@ class _Pass:
         for action in row:
             getattr(self, "do_" + action.kind)(action)
         while self.sent:
-            work, _ = self.sent.popleft()
-            if work is not None:
-                work.wait()
+            self._finish_send()
 
     def _link(self, action: Action, sends: bool) -> tuple[dist.ProcessGroup, int, int]:
         """Communicator, peer rank and tag of a transfer. Both ends name it by its receiving stage."""
@@ -97,8 +95,8 @@ class _Pass:
         tensor = self.outgoing.pop((action.kind[1], action.stage, action.micro))
         group, peer, tag = self._link(action, sends=True)
         self.sent.append((dist.isend(tensor, group=group, group_dst=peer, tag=tag), tensor))
-        while self.sent and (self.sent[0][0] is None or self.sent[0][0].is_completed()):
-            self.sent.popleft()
+        while len(self.sent) > self.engine.mesh.pp.size:
+            self._finish_send()
 
     def _receive(self, action: Action) -> None:
         tokens = self.micros[action.micro].length // self.engine.mesh.tp.size
@@ -107,6 +105,13 @@ class _Pass:
         group, peer, tag = self._link(action, sends=False)
         work = dist.irecv(buffer, group=group, group_src=peer, tag=tag)
         self.incoming[action.kind[1], action.stage, action.micro] = buffer, work
+
+    def _finish_send(self) -> None:
+        """Wait for the oldest send and free its tensor. The program is free of deadlock even if every send blocks, so
+        waiting is safe anywhere; a pipeline's worth of sends may be under way, as many as a warm-up has."""
+        work, _ = self.sent.popleft()
+        if work is not None:
+            work.wait()
 
     do_SF = do_SB = _send
     do_RF = do_RB = _receive

@@ -68,11 +68,16 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, Stage]:
     parallel = config.parallel
     spans = stage_spans(stage_layers(config.model, parallel, config.data.seq_length))
     dtype, segments = DTYPES[config.train.dtype], compiled() if config.train.compile else PLAIN
-    with mesh.device:
-        return {
-            number: Stage(config.model, spans[number], mesh.tp, parallel.recompute, segments).to(dtype)
-            for number in range(mesh.pp.rank, len(spans), parallel.pp)
-        }
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # weights are made in their own precision, not in fp32 first
+    try:
+        with mesh.device:
+            return {
+                number: Stage(config.model, spans[number], mesh.tp, parallel.recompute, segments)
+                for number in range(mesh.pp.rank, len(spans), parallel.pp)
+            }
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class Trainer:
@@ -106,7 +111,9 @@ class Trainer:
         """
         assert self.optimizer is not None, "a frozen model cannot be trained"
         mesh, optimizer = self.mesh, self.optimizer
-        count = int(all_reduce(self._vector([sum(b.count for b in micros)]), mesh.dp).item())
+        # Over the world, not dp: the gathers of new weights queue on dp's communicator and are to overlap with forward.
+        copies = mesh.tp.size * mesh.pp.size
+        count = int(all_reduce(self._vector([sum(b.count for b in micros)]), mesh.world).item()) // copies
         optimizer.begin(len(micros))
         row = self._program("train", len(micros))[mesh.pp.rank]
         run = self.engine.train(row, [b.to(mesh.device) for b in micros], loss, 1 / max(1, count))

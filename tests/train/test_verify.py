@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 from trajectory import MODEL, against_one_process, mesh_of, on_rank, run_config
 
 from distributed import Ranks
@@ -45,9 +46,9 @@ def replica_sums(name: str, times: int) -> Callable[[], mock._patch]:
     """Partial gradients of replicas over axis `name` are summed `times` times."""
     original = Bucket._sum_replicas
 
-    def wrong(bucket: Bucket, which: str) -> None:
+    def wrong(bucket: Bucket, shard: Tensor, which: str) -> None:
         for _ in range(times if which == name else 1):
-            original(bucket, which)
+            original(bucket, shard, which)
 
     return lambda: mock.patch.object(Bucket, "_sum_replicas", wrong)
 
