@@ -202,7 +202,7 @@ class CheckpointConfig:
         interval: steps between checkpoints; 0 = only at the end.
         keep: newest checkpoints kept; 0 = all.
         async_save: write in the background.
-        load: auto (newest valid one of output_dir, else start anew), none, or a checkpoint folder.
+        load: where to start while output_dir has no checkpoint: auto or none = anew, a checkpoint folder, hf:FOLDER.
         export_hf: folder for an HF export at the end; null = none.
     """
 

@@ -37,6 +37,3 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 """Shapes by name: what `model.preset` stands for. Keys given beside it override it."""
-
-PEAK_LR: dict[str, float] = {"llama2-7b": 3e-4, "llama2-13b": 3e-4, "llama2-34b": 1.5e-4, "llama2-70b": 1.5e-4}
-"""Peak learning rates of table 1 (one summary in the paper prints 3e-4 for all four)."""

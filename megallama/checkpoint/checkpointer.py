@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallama.checkpoint.store import FileRecord, Store, sync, write_manifest, write_rectangles
+from megallama.config import ModelConfig
+from megallama.model.canonical import canonical_shapes
 from megallama.parallel.collectives import all_reduce
-from megallama.parallel.pieces import Slot
+from megallama.parallel.pieces import Piece, Slot
 from megallama.runtime.mesh import Mesh
 
-Slots = Iterable[tuple[Slot, Mapping[str, Tensor]]]
+Slots = Iterable[tuple[Slot | Piece, Mapping[str, Tensor]]]
 """Canonical rectangles of a rank, each with its states as (height, width) views."""
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -39,13 +41,14 @@ class Checkpointer:
 
     Args:
         root: folder that holds the checkpoints.
-        shapes: canonical name -> shape of every tensor of the model.
+        model: what the run trains; checkpoints of another model are refused.
         keep: newest checkpoints kept; 0 = all.
         background: write in a thread; the step loop waits only for the copy to host memory.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, shapes: dict[str, tuple[int, ...]], keep: int, background: bool):
-        self.root, self.mesh, self.shapes, self.keep, self.background = root, mesh, shapes, keep, background
+    def __init__(self, root: Path, mesh: Mesh, model: ModelConfig, keep: int = 0, background: bool = False):
+        self.root, self.mesh, self.model, self.keep, self.background = root, mesh, model, keep, background
+        self.shapes = canonical_shapes(model)
         # A group of its own, because the writer thread talks while the step loop uses the others.
         self.group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
         self._thread: threading.Thread | None = None
@@ -55,7 +58,7 @@ class Checkpointer:
         """Where the checkpoint of a step lies."""
         return self.root / f"step_{step:08d}"
 
-    def save(self, step: int, slots: Slots, meta: dict[str, Any]) -> None:
+    def save(self, step: int, slots: Iterable[tuple[Slot, Mapping[str, Tensor]]], meta: dict[str, Any]) -> None:
         """Write `root`/step_…; `meta` goes into the manifest. Waits for the save before, and raises its failure."""
         self.wait()
         parts = [
@@ -76,6 +79,13 @@ class Checkpointer:
 
         self._thread = threading.Thread(target=work, name=f"save-{step}")
         self._thread.start()
+
+    def failed(self) -> str | None:
+        """What went wrong with a save in the background, told once; the checkpoints before it are untouched."""
+        if self._failure is None or self._thread is None or self._thread.is_alive():
+            return None
+        failure, self._failure, self._thread = self._failure, None, None
+        return str(failure)
 
     def wait(self) -> None:
         """Wait for a save in the background.
@@ -109,7 +119,7 @@ class Checkpointer:
                 for found in records:
                     if isinstance(found, Exception):
                         raise found
-                write_manifest(folder, records, self.shapes, {"step": step, **meta})
+                write_manifest(folder, records, self.shapes, {"step": step, "model": _identity(self.model), **meta})
                 shutil.rmtree(final, ignore_errors=True)
                 folder.rename(final)
                 sync(self.root)
@@ -141,7 +151,7 @@ class Checkpointer:
             note: told which checkpoints were skipped and why.
 
         Raises:
-            ValueError: there are checkpoints, but none is valid.
+            ValueError: there are checkpoints, but none is valid, or they are of another model.
         """
         faults = []
         for folder in self._folders():
@@ -153,7 +163,7 @@ class Checkpointer:
         if faults:
             raise ValueError(
                 f"no checkpoint under {self.root} is valid ({'; '.join(faults)}); "
-                f"set checkpoint.load=none to start anew or checkpoint.load to another folder"
+                f"remove them, or set another output_dir, to start anew"
             )
         return None
 
@@ -168,7 +178,7 @@ class Checkpointer:
         """Read one checkpoint.
 
         Raises:
-            ValueError: it is not valid.
+            ValueError: it is not valid, or of another model.
         """
         store, fault = self._try(folder, slots())
         if store is None:
@@ -180,6 +190,31 @@ class Checkpointer:
         store, fault = None, ""
         try:
             store = Store(folder)
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        if store is not None:
+            self._require_model(store)
+            fault = self._read(store, slots)
+        bad = torch.tensor([float(bool(fault))], device=self.mesh.device)
+        if all_reduce(bad, self.mesh.world).item():
+            return None, fault or "another rank could not read it"
+        return store, ""
+
+    def _require_model(self, store: Store) -> None:
+        """Shapes alone do not tell models apart: heads, rotary base and epsilon leave them as they are."""
+        theirs, ours = store.manifest.get("model", {}), _identity(self.model)
+        wrong = [
+            f"{key} is {theirs.get(key)} there, {value} here" for key, value in ours.items() if theirs.get(key) != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"{store.folder} is a checkpoint of another model: {', '.join(wrong)}; set model.* to its values, "
+                f"or set another output_dir"
+            )
+
+    def _read(self, store: Store, slots: Slots) -> str:
+        """Fill the slots; what went wrong, or nothing."""
+        try:
             for slot, states in slots:
                 expected, found = self.shapes[slot.name], store.shapes.get(slot.name)
                 if found != expected:
@@ -187,8 +222,11 @@ class Checkpointer:
                 for state, values in states.items():
                     store.read(state, slot.name, slot.rect, values)
         except (ValueError, OSError) as error:
-            fault = str(error)
-        bad = torch.tensor([float(bool(fault))], device=self.mesh.device)
-        if all_reduce(bad, self.mesh.world).item():
-            return None, fault or "another rank could not read it"
-        return store, ""
+            return str(error)
+        return ""
+
+
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    """What two runs must share to be of one model."""
+    free = {"preset", "initializer_range", "max_position_embeddings"}
+    return {key: value for key, value in vars(model).items() if key not in free}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import Store, checkpoint_folders
+from megallama.checkpoint import Checkpointer
 from megallama.config import Config
 from megallama.data.batch import IGNORE, Batch
 from megallama.data.tokenizer import load_tokenizer
 from megallama.parallel.collectives import all_gather
-from megallama.parallel.pieces import fill
+from megallama.parallel.pieces import Piece, views
 from megallama.runtime.mesh import Axis
 from megallama.train.pretrain import on_mesh
 from megallama.train.trainer import Trainer, build_stages
@@ -65,13 +67,14 @@ def run(config: Config) -> int:
         if not config.data.tokenizer:
             raise ValueError("data.tokenizer is empty: name the tokenizer model that the run was trained with")
         tokenizer = load_tokenizer(config.data.tokenizer)
-        folders = checkpoint_folders(Path(config.output_dir) / "checkpoints")
-        if not folders:
-            raise ValueError(f"{config.output_dir}/checkpoints holds no checkpoint: train first, or set output_dir")
-        store = Store(folders[0])
         stages = build_stages(config, mesh)
-        for stage in stages.values():
-            fill(stage, lambda name, rect, out: store.read("weight", name, rect, out))
+        checkpoints = Checkpointer(Path(config.output_dir) / "checkpoints", mesh, config.model)
+
+        def slots() -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+            return ((piece, {"weight": view}) for stage in stages.values() for piece, view in views(stage))
+
+        if checkpoints.load_newest(slots, lambda line: print(line, file=sys.stderr)) is None:
+            raise ValueError(f"{checkpoints.root} holds no checkpoint: train first, or set output_dir")
         before = [] if tokenizer.eos is None else [tokenizer.eos]  # in training, a document follows the end of another
         prompts = [[*before, *tokenizer.encode(text)] for text in config.generate.prompts]
         rows = continue_greedily(

@@ -19,8 +19,6 @@ from megallama.parallel.layers import ColumnLinear, Part, RowLinear, VocabEmbedd
 from megallama.parallel.pieces import whole
 from megallama.runtime.mesh import Axis
 
-RECOMPUTE = ("none", "selective", "full")
-
 
 class Span(NamedTuple):
     """Blocks first:last of the model, with the embedding before them or the final norm and head behind them."""

@@ -118,14 +118,20 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     }
 
 
-def fill(model: nn.Module, read: Callable[[str, Rect, Tensor], None]) -> None:
-    """Read all local parameters from a source: `read(name, rect, out)` writes a canonical rectangle to `out`."""
+def views(model: nn.Module) -> Iterator[tuple[Piece, Tensor]]:
+    """Every piece that the model holds with its (height, width) view of the local parameter."""
     parameters = dict(model.named_parameters())
     for path, held in pieces(model).items():
         local = parameters[path].data.view(matrix(tuple(parameters[path].shape)))
         for piece in held:
             place = piece.local
-            read(piece.name, piece.rect, local[place.r0 : place.r1, place.c0 : place.c1])
+            yield piece, local[place.r0 : place.r1, place.c0 : place.c1]
+
+
+def fill(model: nn.Module, read: Callable[[str, Rect, Tensor], None]) -> None:
+    """Read all local parameters from a source: `read(name, rect, out)` writes a canonical rectangle to `out`."""
+    for piece, view in views(model):
+        read(piece.name, piece.rect, view)
 
 
 def cut(held: Iterable[Piece], cols: int, window: Rect, start: int, owner: dict[str, bool]) -> Iterator[Slot]:

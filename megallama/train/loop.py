@@ -106,6 +106,8 @@ class Loop:
                 stats, record = self._step(step, micros, task.loss, bool(stop))
                 if task.valid is not None and self._due(step, train.valid_interval, steps):
                     record["valid_loss"] = self.validate(task)
+                if failure := self.checkpointer.failed():
+                    self.progress.note(f"a checkpoint could not be written, the run goes on: {failure}")
                 self._report(step, stats, record)
                 tick()
                 if self._due(step, self.config.checkpoint.interval, steps) or stats.stop:
@@ -156,6 +158,7 @@ class Loop:
             self.metrics.write(record | ({"event": "; ".join(events)} if events else {}))
         self.bad_steps = self.bad_steps + 1 if stats.skipped else 0
         if self.bad_steps >= self.config.train.max_bad_steps:
+            self.checkpointer.wait()
             raise ValueError(
                 f"{self.bad_steps} consecutive steps had non-finite gradients (train.max_bad_steps="
                 f"{self.config.train.max_bad_steps}); lower optim.lr={self.config.optim.lr}, check the data, "
@@ -181,7 +184,6 @@ class Loop:
         meta = {
             "consumed_samples": self.consumed,
             "updates": optimizer.updates,
-            "model": {k: v for k, v in vars(self.config.model).items() if k != "preset"},
             "fingerprints": fingerprints,
         }
         self.checkpointer.save(self.trainer.done, optimizer.slots(), meta)
@@ -193,13 +195,16 @@ class Loop:
         if window is None:
             yield lambda: None
             return
+        before = max(0, window.start - self.trainer.done - 1)  # steps of this process that come first
+        active = window.stop - self.trainer.done - 1 - before
+        if active <= 0:  # a resumed run has the window behind it
+            yield lambda: None
+            return
         folder = Path(self.config.output_dir) / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank_{self.mesh.world.rank:05d}.json"
-        done = self.trainer.done
-        schedule = torch.profiler.schedule(
-            wait=0, warmup=max(0, window.start - done - 1), active=window.stop - window.start, repeat=1
-        )
+        warmup = min(1, before)
+        schedule = torch.profiler.schedule(wait=before - warmup, warmup=warmup, active=active, repeat=1)
         with torch.profiler.profile(
             schedule=schedule, on_trace_ready=lambda trace: trace.export_chrome_trace(str(path))
         ) as trace:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megallama.checkpoint import Checkpointer, Store
+from megallama.checkpoint import Checkpointer, Store, checkpoint_folders
 from megallama.checkpoint.formats.hf import HFSource, export_hf
 from megallama.config import Config, dump
 from megallama.data import check_vocabulary, load_tokenizer, open_mixture
 from megallama.data.loader import Loader
-from megallama.model.canonical import canonical_shapes
 from megallama.runtime.faults import guard
 from megallama.runtime.launch import TIMEOUT, connect, disconnect, rendezvous, resolve
 from megallama.runtime.mesh import Mesh, build_mesh
@@ -47,7 +46,7 @@ def run(config: Config) -> int:
 
     def where() -> str:
         trainer = trainers[0]
-        return f"stage {trainer.mesh.pp.rank}, step {trainer.done + 1}"
+        return f"stage {' and '.join(map(str, trainer.stages))}, step {trainer.done + 1}"
 
     with on_mesh(config, where) as mesh:
         task = pretraining_task(config, mesh)
@@ -61,9 +60,7 @@ def pretrain(trainer: Trainer, task: Task) -> None:
     """Resume if there is something to resume from, then train to the end."""
     config, first = trainer.config, trainer.mesh.world.rank == 0
     folder, keep = Path(config.output_dir), config.checkpoint
-    checkpointer = Checkpointer(
-        folder / "checkpoints", trainer.mesh, canonical_shapes(config.model), keep.keep, keep.async_save
-    )
+    checkpointer = Checkpointer(folder / "checkpoints", trainer.mesh, config.model, keep.keep, keep.async_save)
     notes: list[str] = []
     consumed = resume(trainer, checkpointer, task.fingerprints, notes.append)
     with ExitStack() as stack:
@@ -85,17 +82,27 @@ def resume(
 ) -> int:
     """Go on from what checkpoint.load names; returns the samples consumed so far. Collective.
 
-    auto is the newest valid checkpoint of this run, if there is one; none starts anew; hf:FOLDER takes an HF Llama's
-    weights where this run has no checkpoint of its own; anything else is a checkpoint's folder.
+    A run goes on from its own newest valid checkpoint. Where it has none, auto and none start anew, hf:FOLDER starts
+    from an HF Llama's weights, and another run's checkpoint folder is continued.
+
+    Raises:
+        ValueError: none, or an older checkpoint of this very run, while the run has later ones.
     """
     source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
     assert optimizer is not None, "pretraining trains"
-    if source == "none":
-        return 0
-    if source == "auto" or source.startswith(HF):
+    own, folder = checkpoint_folders(checkpointer.root), Path(source)
+    back = folder.parent.resolve() == checkpointer.root.resolve()
+    if own and (source == "none" or (back and folder.name != own[0].name)):
+        raise ValueError(
+            f"checkpoint.load={source}, but {checkpointer.root} goes on to {own[0].name}, which a restart would go on "
+            f"from; remove the later checkpoints, or set another output_dir"
+        )
+    if own or source == "auto":
         store = checkpointer.load_newest(optimizer.slots, note)
+    elif source == "none" or source.startswith(HF):
+        store = None
     else:
-        store = checkpointer.load(Path(source), optimizer.slots)
+        store = checkpointer.load(folder, optimizer.slots)
     if store is None:
         if source.startswith(HF):
             weights = HFSource(Path(source.removeprefix(HF)))

@@ -423,7 +423,7 @@ def test_exported_run_computes_the_same_in_transformers(transformers: ModuleType
     model = replace(MODEL, tie_word_embeddings=tie, initializer_range=0.2)
     trainer = build_trainer(Config(model=model, train=TrainConfig(dtype="float32")), Mesh())
     assert trainer.optimizer is not None
-    checkpointer = Checkpointer(tmp_path / "run", Mesh(), canonical_shapes(model), 0, False)
+    checkpointer = Checkpointer(tmp_path / "run", Mesh(), model, 0, False)
     checkpointer.save(1, trainer.optimizer.slots(), {})
     export_hf(Store(tmp_path / "run" / "step_00000001"), model, tmp_path / "out", "float32", 5000)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")

@@ -119,9 +119,15 @@ def test_masked_documents_are_another_task(arguments: list[str], tmp_path: Path)
 
 
 def test_profiler_traces(arguments: list[str], tmp_path: Path) -> None:
-    train(arguments, "--train.profile.start", "2", "--train.profile.stop", "4")
+    window = ["--train.profile.start", "2", "--train.profile.stop", "4"]
+    train(arguments, *window, "--train.stop_after", "5")
     (trace,) = (tmp_path / "run" / "profile").iterdir()
-    assert json.loads(trace.read_text())["traceEvents"]
+    events = json.loads(trace.read_text())["traceEvents"]
+    updates = [event for event in events if event.get("name") == "aten::_fused_adamw_"]
+    assert len(updates) == 2  # steps 2 and 3, one bucket
+    written = trace.stat().st_mtime_ns
+    train(arguments, *window)  # resumed behind the window: the trace stays
+    assert trace.stat().st_mtime_ns == written
 
 
 def test_hopeless_gradients_end_the_run(
@@ -138,6 +144,50 @@ def test_hopeless_gradients_end_the_run(
     records = read_metrics(tmp_path / "run")
     assert [("event" in record) for record in records][-3:] == [True, True, True]
     assert records[-1]["grad_norm"] is None
+
+
+def test_an_abandoned_course_is_not_resumed_by_accident(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Starting anew, or from an older checkpoint, where a later one waits: the next restart would jump to that one."""
+    train(arguments, "--checkpoint.interval", "2")
+    for source in ("none", str(tmp_path / "run" / "checkpoints" / "step_00000002")):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--checkpoint.load", source])
+        error = capfd.readouterr().err
+        assert "step_00000006" in error and "remove the later checkpoints" in error
+    other = str(tmp_path / "other")
+    begun = ["--output_dir", other, "--checkpoint.load", str(tmp_path / "run" / "checkpoints" / "step_00000004")]
+    assert [record["step"] for record in train(arguments, *begun, "--train.stop_after", "5")] == [5]
+    assert [record["step"] for record in train(arguments, *begun)] == [5, 6]  # its own checkpoint comes first
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "generate"])
+def test_a_checkpoint_of_another_model_is_refused(
+    stage: str, arguments: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Another number of heads or another rotary base leaves all shapes as they are."""
+    train(arguments, "--train.stop_after", "2")
+    wrong = ["--model.num_attention_heads", "8", "--model.num_key_value_heads", "4", "--model.rope_theta", "500"]
+    tokenizer = []
+    if stage == "generate":
+        tokenizer = ["--data.tokenizer", str(make_tokenizer(tmp_path))]
+    with pytest.raises(SystemExit):
+        cli.main([stage, *arguments[1:], *wrong, *tokenizer])
+    error = capfd.readouterr().err
+    assert "num_attention_heads is 4 there, 8 here" in error
+    assert "rope_theta is 10000.0 there, 500.0 here" in error
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A SentencePiece model of few ids."""
+    text = folder / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the log\n" * 20)
+    trainer = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
+    command = [sys.executable, str(trainer), "--input", str(text), "--vocab-size", "290", "--output", str(folder / "t")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return folder / "t.model"
 
 
 def damage(name: str, corpus: Path, folder: Path) -> Path:
@@ -203,7 +253,17 @@ def check_refusal(error: str, folder: Path, words: str) -> None:
 def test_four_processes_give_the_same_losses(arguments: list[str], tmp_path: Path) -> None:
     """The command line of the README, under torchrun."""
     alone = train(arguments, "--output_dir", str(tmp_path / "alone"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "megallama", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        "-m",
+        "megallama",
+        *arguments,
+    ]
     command += ["--parallel.tp", "2", "--parallel.pp", "2", "--output_dir", str(tmp_path / "four")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

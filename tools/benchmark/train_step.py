@@ -3,7 +3,8 @@
     python tools/benchmark/train_step.py                      # one process: bound, megallama, transformers
     python tools/benchmark/train_step.py --layouts            # dp 2, tp 2, pp 2 on two one-thread processes as well
 
-The contestants take turns, step by step, so that a machine that slows down slows all of them; medians are compared.
+The contestants of one process take turns, step by step, so that a machine that slows down slows all of them;
+layouts run one after the other. Medians are compared.
 `gemm` is the bound: every matrix product of the step at its own shape (attention in full), and nothing else.
 """
 
@@ -158,7 +159,7 @@ def single(samples: int, rounds: int, warmup: int, compile: bool) -> None:
 
 
 def layouts(samples: int, rounds: int, warmup: int) -> None:
-    """Two one-thread processes against one process with two threads; each layout beside its own baseline rounds."""
+    """Two one-thread processes against one process with two threads, one layout after the other."""
     seconds = {}
     for name, (tp, pp) in {"one process": (1, 1), **LAYOUTS}.items():
         ranks = 1 if name == "one process" else 2
