@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from megallama.checkpoint import Checkpointer
-from megallama.data.batch import Batch
 from megallama.data.loader import Loader
 from megallama.data.ramp import BatchPlan
 from megallama.pipeline.engine import Loss
@@ -77,13 +76,8 @@ class Loop:
     ):
         self.trainer, self.checkpointer, self.progress, self.metrics = trainer, checkpointer, progress, metrics
         self.config, self.mesh, self.consumed = trainer.config, trainer.mesh, consumed
-        config = self.config
-        ramp, train = config.train.ramp, config.train
-        self.plan = (
-            BatchPlan(train.global_batch_size, ramp.start, ramp.increment, ramp.samples)
-            if ramp
-            else BatchPlan(train.global_batch_size)
-        )
+        config, train = trainer.config, trainer.config.train
+        self.plan = BatchPlan(train.global_batch_size, **(vars(train.ramp) if train.ramp else {}))
         self.spike, self.bad_steps = SpikeDetector(), 0
         name = torch.cuda.get_device_name() if self.mesh.device.type == "cuda" else ""
         self.peak = config.log.peak_tflops or peak_tflops(name, train.dtype)
@@ -99,11 +93,14 @@ class Loop:
             first, size = self.plan(step)
             return first + shift, size
 
-        saved = self.trainer.done
+        if not steps:
+            self.progress.note(f"nothing to do: step {self.trainer.done} of {train.steps} is done")
         batches = task.train.steps(steps, samples, self.mesh.dp.rank, self.mesh.dp.size, train.micro_batch_size)
         with StopSignal() as stop, batches, self._profiler() as tick:
+            start = time.perf_counter()  # a step's time includes waiting for its data
             for step, micros in zip(steps, batches, strict=True):
-                stats, record = self._step(step, micros, task.loss, bool(stop))
+                stats = self.trainer.step(micros, task.loss, bool(stop))
+                record = self._record(step, stats, time.perf_counter() - start)
                 if task.valid is not None and self._due(step, train.valid_interval, steps):
                     record["valid_loss"] = self.validate(task)
                 if failure := self.checkpointer.failed():
@@ -112,26 +109,23 @@ class Loop:
                 tick()
                 if self._due(step, self.config.checkpoint.interval, steps) or stats.stop:
                     self.save(task.fingerprints)
-                    saved = step
                 if stats.stop:
                     self.progress.note(f"stopped by {stop.name or 'a signal on another rank'} after step {step}")
                     break
+                start = time.perf_counter()
             self.checkpointer.wait()  # a second signal must not cut the last save off
-        if saved == self.trainer.done and len(steps):
-            self.progress.note(f"checkpoint of step {saved} in {self.checkpointer.root}")
+        self.progress.note(f"checkpoint of step {self.trainer.done} in {self.checkpointer.root}")
 
     @staticmethod
     def _due(step: int, interval: int, steps: range) -> bool:
         return step == steps[-1] or (interval > 0 and step % interval == 0)
 
-    def _step(self, step: int, micros: list[Batch], loss: Loss, stop: bool) -> tuple[Stats, dict[str, Any]]:
-        start = time.perf_counter()
-        stats = self.trainer.step(micros, loss, stop)
-        seconds = time.perf_counter() - start
+    def _record(self, step: int, stats: Stats, seconds: float) -> dict[str, Any]:
+        """The step's object in metrics.jsonl."""
         size, length = self.plan(step)[1], self.config.data.seq_length
         self.consumed += size
         flops = train_flops_per_token(self.config.model, length)
-        record = {
+        return {
             "step": step,
             "loss": stats.loss,
             "lr": stats.lr,
@@ -142,7 +136,6 @@ class Loop:
             "memory_bytes": memory(self.mesh.device),
             **stats.metrics,
         }
-        return stats, record
 
     def _report(self, step: int, stats: Stats, record: dict[str, Any]) -> None:
         """Show and write a step, with what was strange about it under the key `event`."""
