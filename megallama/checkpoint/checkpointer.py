@@ -154,7 +154,7 @@ class Checkpointer:
             ValueError: there are checkpoints, but none is valid, or they are of another model.
         """
         faults = []
-        for folder in self._folders():
+        for folder in self.folders():
             store, fault = self._try(folder, slots())
             if store is not None:
                 return store
@@ -167,8 +167,8 @@ class Checkpointer:
             )
         return None
 
-    def _folders(self) -> list[Path]:
-        """The checkpoints as rank 0 sees them: all ranks must try the same ones in the same order."""
+    def folders(self) -> list[Path]:
+        """The run's checkpoints, newest first, as rank 0 sees them: all ranks must try the same ones in one order."""
         box = [checkpoint_folders(self.root)]
         if self.group is not None:
             dist.broadcast_object_list(box, src=0, group=self.group)

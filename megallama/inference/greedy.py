@@ -73,7 +73,11 @@ def run(config: Config) -> int:
         def slots() -> Iterator[tuple[Piece, dict[str, Tensor]]]:
             return ((piece, {"weight": view}) for stage in stages.values() for piece, view in views(stage))
 
-        if checkpoints.load_newest(slots, lambda line: print(line, file=sys.stderr)) is None:
+        skipped: list[str] = []
+        found = checkpoints.load_newest(slots, skipped.append)
+        if mesh.world.rank == 0:
+            print(*skipped, sep="\n", end="", file=sys.stderr)
+        if found is None:
             raise ValueError(f"{checkpoints.root} holds no checkpoint: train first, or set output_dir")
         before = [] if tokenizer.eos is None else [tokenizer.eos]  # in training, a document follows the end of another
         prompts = [[*before, *tokenizer.encode(text)] for text in config.generate.prompts]

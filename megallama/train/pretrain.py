@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megallama.checkpoint import Checkpointer, Store, checkpoint_folders
+from megallama.checkpoint import Checkpointer, Store
 from megallama.checkpoint.formats.hf import HFSource, export_hf
 from megallama.config import Config, dump
 from megallama.data import check_vocabulary, load_tokenizer, open_mixture
@@ -90,7 +90,7 @@ def resume(
     """
     source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
     assert optimizer is not None, "pretraining trains"
-    own, folder = checkpoint_folders(checkpointer.root), Path(source)
+    own, folder = checkpointer.folders(), Path(source)
     back = folder.parent.resolve() == checkpointer.root.resolve()
     if own and (source == "none" or (back and folder.name != own[0].name)):
         raise ValueError(
