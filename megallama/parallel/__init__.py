@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: collectives over one axis, parallel layers, the vocabulary-parallel loss, and pieces.
+"""Tensor and sequence parallelism: collectives over one axis, parallel layers, vocabulary-parallel loss, and pieces.
 
 A piece says what rectangle of which canonical tensor lies in a local parameter. Nothing here knows configuration or
 models.
