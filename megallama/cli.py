@@ -8,7 +8,9 @@ The same line runs under `torchrun`, `srun` and `mpirun`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple
@@ -38,6 +40,9 @@ USAGE = """usage: megallama STAGE --config FILE [--section.key value ...] [--dry
   --world N               number of ranks that --dry-run plans for [WORLD_SIZE, else parallel.tp x parallel.pp]
 """
 
+LINGER = 3.0
+"""Seconds for which the ranks that stay silent outlive an error that all ranks find."""
+
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 """Where launchers say which rank a process is; read here only to print a message once."""
 
@@ -56,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if is_first_rank():
             print(f"megallama: error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            _let_the_first_rank_speak()
         return 2
 
 
@@ -68,6 +75,13 @@ def overview() -> str:
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of its launch; a process without a launcher is."""
     return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
+
+
+def _let_the_first_rank_speak() -> None:
+    """Launchers end all ranks once one has failed. The one that prints must not be cut off, and a rank that is told to
+    end meanwhile must still leave with its own exit code, not with that of the signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(LINGER)
 
 
 def _dispatch(name: str, arguments: list[str]) -> int:
