@@ -41,7 +41,7 @@ USAGE = """usage: megallama STAGE --config FILE [--section.key value ...] [--dry
 """
 
 LINGER = 3.0
-"""Seconds for which the ranks that stay silent outlive an error that all ranks find."""
+"""Seconds for which a rank outlives an error that all ranks find."""
 
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 """Where launchers say which rank a process is; read here only to print a message once."""
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments[0], arguments[1:])
     except ValueError as error:
         if is_first_rank():
-            print(f"megallama: error: {' '.join(str(error).split())}", file=sys.stderr)
-        else:
-            _let_the_first_rank_speak()
+            print(f"megallama: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if any(name in os.environ for name in RANK_VARIABLES):
+            _wait_for_the_other_ranks()
         return 2
 
 
@@ -77,9 +77,9 @@ def is_first_rank() -> bool:
     return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0"
 
 
-def _let_the_first_rank_speak() -> None:
-    """Launchers end all ranks once one has failed. The one that prints must not be cut off, and a rank that is told to
-    end meanwhile must still leave with its own exit code, not with that of the signal."""
+def _wait_for_the_other_ranks() -> None:
+    """Launchers end all ranks once one has failed. All find the same error, but not at the same time: the one that
+    prints must not be cut off, and a rank that is told to end must still leave with its own exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(LINGER)
 
