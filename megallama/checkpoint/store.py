@@ -58,10 +58,9 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).flatten().numpy().data
 
 
-def checksums(data: memoryview | mmap, lo: int = 0, hi: int | None = None) -> list[int]:
-    """CRC32 of each chunk of data[lo:hi]."""
-    view = memoryview(data)[lo:hi]
-    return [zlib.crc32(view[at : at + CHUNK]) for at in range(0, len(view), CHUNK)]
+def checksums(data: memoryview) -> list[int]:
+    """CRC32 of each chunk of `data`."""
+    return [zlib.crc32(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK)]
 
 
 def write_rectangles(folder: Path, file: str, parts: Iterable[tuple[str, str, Rect, Tensor]]) -> FileRecord:

@@ -7,7 +7,7 @@ conversion are one operation on these: intersect rectangles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -126,12 +126,6 @@ def views(model: nn.Module) -> Iterator[tuple[Piece, Tensor]]:
         for piece in held:
             place = piece.local
             yield piece, local[place.r0 : place.r1, place.c0 : place.c1]
-
-
-def fill(model: nn.Module, read: Callable[[str, Rect, Tensor], None]) -> None:
-    """Read all local parameters from a source: `read(name, rect, out)` writes a canonical rectangle to `out`."""
-    for piece, view in views(model):
-        read(piece.name, piece.rect, view)
 
 
 def cut(held: Iterable[Piece], cols: int, window: Rect, start: int, owner: dict[str, bool]) -> Iterator[Slot]:

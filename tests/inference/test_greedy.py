@@ -9,7 +9,7 @@ from megallama.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megallama.data.batch import IGNORE, Batch
 from megallama.inference.greedy import continue_greedily
 from megallama.model.initial import RandomWeights
-from megallama.parallel.pieces import fill
+from megallama.parallel.pieces import views
 from megallama.runtime.mesh import build_mesh
 from megallama.train.trainer import Trainer, build_stages
 
@@ -31,7 +31,8 @@ def frozen(tp: int, pp: int) -> Trainer:
     mesh = build_mesh(tp, pp, MODEL.num_key_value_heads, False, torch.device("cpu"))
     stages = build_stages(config, mesh)
     for stage in stages.values():
-        fill(stage, RandomWeights(MODEL, seed=3).read)
+        for piece, view in views(stage):
+            RandomWeights(MODEL, seed=3).read(piece.name, piece.rect, view)
     return Trainer(config, mesh, stages, None)
 
 
