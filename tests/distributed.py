@@ -66,6 +66,13 @@ def run_ranks(world: int, fn: Callable[..., T], *args: Any, timeout: float = 120
         return ranks.run(fn, *args, timeout=timeout)
 
 
+def forkserver() -> Any:
+    """What starts processes that need not import torch anew."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 class Ranks:
     """A gloo group of `world` ranks that runs one function after another."""
 
@@ -111,8 +118,7 @@ class Ranks:
 
     def _start(self) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forkserver()
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -6,6 +6,10 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megallama.checkpoint.store import FileRecord, Store, sync, write_manifest, write_rectangles
+from megallama.checkpoint.store import FileRecord, Store, Stored, write_manifest, write_rectangles
+from megallama.checkpoint.tensors import sync
 from megallama.config import ModelConfig
 from megallama.model.canonical import canonical_shapes
 from megallama.parallel.collectives import all_reduce
@@ -22,6 +27,18 @@ from megallama.runtime.mesh import Mesh
 
 Slots = Iterable[tuple[Slot | Piece, Mapping[str, Tensor]]]
 """Canonical rectangles of a rank, each with its states as (height, width) views."""
+
+UNFINISHED = ".tmp"
+"""Ends the name of a checkpoint that is being written."""
+
+LEAVING = ".old" + UNFINISHED
+"""Ends the name of one that is being removed."""
+
+ALIGN = 64
+"""Bytes to which tensors are aligned in the host copy."""
+
+SLOWEST = timedelta(hours=2)
+"""That ranks wait for each other's disks. Dead ranks end the run much earlier (runtime.faults)."""
 
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -36,104 +53,158 @@ def _step(folder: Path) -> int:
     return int(folder.name[5:])
 
 
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: at no moment is a part of it taken for a whole."""
+    if folder.exists():
+        leaving = folder.with_name(folder.name + LEAVING)
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class HostCopy:
+    """Host memory that keeps its place between saves: a copy then costs the copying alone."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Copies on the CPU, valid until the next call."""
+        starts = [0, *accumulate(-(-tensor.nbytes // ALIGN) * ALIGN for tensor in tensors)]
+        if self._memory.numel() < starts[-1]:
+            pinned = any(tensor.is_cuda for tensor in tensors)
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
+        copies = []
+        for tensor, start in zip(tensors, starts, strict=False):
+            copy = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies.append(copy.copy_(tensor, non_blocking=True))
+        if self._memory.is_pinned():
+            torch.cuda.synchronize()
+        return copies
+
+
 class Checkpointer:
     """Writes and finds the checkpoints of one run. Every rank has one; all its calls are collective.
+
+    A save that fails leaves the checkpoints before it untouched and the run going: rank 0 is told by `failed`.
 
     Args:
         root: folder that holds the checkpoints.
         model: what the run trains; checkpoints of another model are refused.
         keep: newest checkpoints kept; 0 = all.
-        background: write in a thread; the step loop waits only for the copy to host memory.
+        background: write in a thread; the step loop waits only for the copy to host memory, and, where saves overlap,
+            for the save before.
     """
 
     def __init__(self, root: Path, mesh: Mesh, model: ModelConfig, keep: int = 0, background: bool = False):
         self.root, self.mesh, self.model, self.keep, self.background = root, mesh, model, keep, background
         self.shapes = canonical_shapes(model)
         # A group of its own, because the writer thread talks while the step loop uses the others.
-        self.group = dist.new_group(backend="gloo") if mesh.world.size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=SLOWEST) if mesh.world.size > 1 else None
+        self._host = HostCopy()
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failures: dict[int, str] = {}
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.root / f"step_{step:08d}"
 
     def save(self, step: int, slots: Iterable[tuple[Slot, Mapping[str, Tensor]]], meta: dict[str, Any]) -> None:
-        """Write `root`/step_…; `meta` goes into the manifest. Waits for the save before, and raises its failure."""
+        """Write `root`/step_…; `meta` goes into the manifest. Waits for the save before."""
         self.wait()
+        held = [(slot, state, values) for slot, states in slots if slot.owner for state, values in states.items()]
+        tensors = [values for _, _, values in held]
+        if self.background:
+            tensors = self._host.take(tensors)
         parts = [
-            (state, slot.name, slot.rect, values.to("cpu", copy=True))
-            for slot, states in slots
-            if slot.owner
-            for state, values in states.items()
+            Stored(state, slot.name, slot.rect, tensor.dtype, partial(_itself, tensor))
+            for (slot, state, _), tensor in zip(held, tensors, strict=True)
         ]
-        if not self.background:
-            self._write(step, parts, meta)
-            return
-
-        def work() -> None:
-            try:
-                self._write(step, parts, meta)
-            except BaseException as error:
-                self._failure = error
-
-        self._thread = threading.Thread(target=work, name=f"save-{step}")
-        self._thread.start()
-
-    def failed(self) -> str | None:
-        """What went wrong with a save in the background, told once; the checkpoints before it are untouched."""
-        if self._failure is None or self._thread is None or self._thread.is_alive():
-            return None
-        failure, self._failure, self._thread = self._failure, None, None
-        return str(failure)
+        if self.background:
+            self._thread = threading.Thread(target=self._try_write, args=(step, parts, meta), name=f"save-{step}")
+            self._thread.start()
+        else:
+            self._try_write(step, parts, meta)
 
     def wait(self) -> None:
-        """Wait for a save in the background.
-
-        Raises:
-            OSError: that save failed; the checkpoints before it are untouched.
-        """
+        """Wait for a save in the background."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise OSError(f"the last checkpoint could not be written: {failure}") from failure
 
-    def _write(self, step: int, parts: list, meta: dict[str, Any]) -> None:
-        rank = self.mesh.world.rank
-        final = self.folder(step)
-        folder = final.with_name(final.name + ".tmp")
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self._gather(None)  # nobody writes before the folder is there
-        record: FileRecord | Exception
+    def failed(self) -> dict[int, str]:
+        """Step -> why it has no checkpoint; each failure is told once."""
+        failures, self._failures = self._failures, {}
+        return failures
+
+    def _try_write(self, step: int, parts: list[Stored], meta: dict[str, Any]) -> None:
+        try:
+            self._write(step, parts, meta)
+        except Exception as error:
+            self._failures[step] = str(error)
+
+    def _write(self, step: int, parts: list[Stored], meta: dict[str, Any]) -> None:
+        """Prepare, write, commit: each phase begins when every rank has ended the one before."""
+        rank, final = self.mesh.world.rank, self.folder(step)
+        folder = final.with_name(final.name + UNFINISHED)
+        sizes = self._gather(sum(part.rect.area * part.dtype.itemsize for part in parts))
+        if self._agree(lambda: self._prepare(folder, sum(sizes))):
+            return
+        record: FileRecord | str
         try:
             record = write_rectangles(folder, f"rank_{rank:05d}.safetensors", parts)
         except Exception as error:  # every rank must reach the gather
-            record = OSError(f"rank {rank}: {error}")
+            record = f"rank {rank}: {error}"
         records = self._gather(record)
         if rank == 0:
             try:
-                for found in records:
-                    if isinstance(found, Exception):
-                        raise found
+                if faults := [found for found in records if isinstance(found, str)]:
+                    raise OSError("; ".join(faults))
                 write_manifest(folder, records, self.shapes, {"step": step, "model": _identity(self.model), **meta})
-                shutil.rmtree(final, ignore_errors=True)
+                _remove(final)  # a damaged one of a course that was given up
                 folder.rename(final)
                 sync(self.root)
-                self._prune(step)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
+            self._prune(step)
+
+    def _prepare(self, folder: Path, size: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            folder.rmdir()
+            raise OSError(
+                f"{folder.parent} has {free / 2**20:,.1f} MiB free, a checkpoint needs {size / 2**20:,.1f} MiB; "
+                f"free some space, or lower checkpoint.keep={self.keep} (0 keeps all)"
+            )
+
+    def _agree(self, act: Callable[[], None]) -> bool:
+        """Let rank 0 `act`; whether that failed, on every rank. Rank 0 keeps the failure."""
+        fault = None
+        if self.mesh.world.rank == 0:
+            try:
+                act()
+            except Exception as error:
+                fault = error
+        box = [fault is not None]
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        if fault is not None:
+            raise fault
+        return box[0]
 
     def _gather(self, item: Any) -> list[Any]:
+        """Every rank's `item` on rank 0, nothing elsewhere."""
         if self.group is None:
             return [item]
         out: list[Any] | None = [None] * self.mesh.world.size if self.mesh.world.rank == 0 else None
         dist.gather_object(item, out, dst=0, group=self.group)
-        dist.barrier(self.group)
         return out or []
 
     def _prune(self, step: int) -> None:
@@ -141,7 +212,18 @@ class Checkpointer:
         counted among those to keep, they would push out the valid ones."""
         past = [folder for folder in checkpoint_folders(self.root) if _step(folder) <= step]
         for old in past[self.keep :] if self.keep else []:
-            shutil.rmtree(old)
+            with suppress(OSError):  # somebody looks at it, or it is not ours; the next save tries again
+                _remove(old)
+
+    def sweep(self) -> list[str]:
+        """Remove what a killed run left half-written (a line for each) or half-removed. For the owner of the folder."""
+        lines = []
+        if self.mesh.world.rank == 0 and self.root.is_dir():
+            for path in sorted(self.root.glob(f"step_*{UNFINISHED}")):
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.name.endswith(LEAVING):
+                    lines.append(f"skipped checkpoint {path.stem}: its save was cut off; {path.name} is removed")
+        return lines
 
     def load_newest(self, slots: Callable[[], Slots], note: Callable[[str], None]) -> Store | None:
         """Read the newest checkpoint that is valid for every rank; None where `root` has none.

@@ -4,32 +4,38 @@
     step_00000500/rank_00000.safetensors …
 
 Any layout reads any layout: a reader intersects its rectangles with the stored ones, reads just those bytes and
-verifies just the chunks that it touches. docs/formats.md gives the manifest's fields.
+verifies just the chunks that it touches. Nothing of the manifest is believed before it is proved: its own checksum,
+every rectangle inside its tensor, every element once. docs/formats.md gives the manifest's fields.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Iterable
-from itertools import islice
-from mmap import ACCESS_READ, mmap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megallama.parallel.pieces import Index, Rect
+from megallama.checkpoint.tensors import MALFORMED, Spec, TensorFile, TensorWriter, sync
+from megallama.parallel.pieces import Index, Rect, matrix, overlapping
 
 FORMAT, VERSION = "megallama", 1
-CHUNK = 4 << 20
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MANIFEST = "manifest.json"
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading JSON of an unexpected structure raises."""
+FIELDS = {
+    "step": int,
+    "consumed_samples": int,
+    "updates": int,
+    "model": dict,
+    "fingerprints": dict,
+    "shapes": dict,
+    "files": dict,
+}
+"""What every manifest has."""
 
 
 class Entry(NamedTuple):
@@ -54,26 +60,24 @@ class FileRecord(NamedTuple):
     entries: list[Entry]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).flatten().numpy().data
+class Stored(NamedTuple):
+    """A rectangle to be stored; `values` gives its (height, width) tensor when its turn comes."""
+
+    state: str
+    name: str
+    rect: Rect
+    dtype: torch.dtype
+    values: Callable[[], Tensor]
 
 
-def checksums(data: memoryview) -> list[int]:
-    """CRC32 of each chunk of `data`."""
-    return [zlib.crc32(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK)]
-
-
-def write_rectangles(folder: Path, file: str, parts: Iterable[tuple[str, str, Rect, Tensor]]) -> FileRecord:
-    """Write (state, name, rectangle, values on the CPU) to `folder`/`file` and flush it to the disk."""
-    entries, tensors = [], {}
-    for state, name, rect, values in parts:
-        entry = Entry(state, name, rect, checksums(_bytes(values)))
-        entries.append(entry)
-        tensors[entry.key] = values.contiguous()
-    path = folder / file
-    save_file(tensors, path)
-    sync(path)
-    return FileRecord(file, path.stat().st_size, entries)
+def write_rectangles(folder: Path, file: str, parts: Iterable[Stored]) -> FileRecord:
+    """Write `folder`/`file`, one rectangle after another, and flush it to the disk."""
+    specs, entries = {}, [(part, Entry(part.state, part.name, part.rect, [])) for part in parts]
+    for part, entry in entries:
+        specs[entry.key] = Spec(part.dtype, (part.rect.height, part.rect.width))
+    with TensorWriter(folder / file, specs) as writer:
+        written = [entry._replace(crc32=writer.write(entry.key, part.values())) for part, entry in entries]
+    return FileRecord(file, writer.size, written)
 
 
 def write_manifest(
@@ -99,67 +103,6 @@ def _signature(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps({key: value for key, value in manifest.items() if key != "crc32"}).encode())
 
 
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class _File:
-    """One open safetensors file, its chunks verified on first touch."""
-
-    def __init__(self, path: Path, size: int, crc32: dict[str, list[int]]):
-        actual = path.stat().st_size if path.exists() else -1
-        if actual != size:
-            raise ValueError(
-                f"{path}: {'missing' if actual < 0 else f'{actual} bytes'}, the manifest says {size} bytes"
-            )
-        with open(path, "rb") as handle:
-            self.map = mmap(handle.fileno(), 0, access=ACCESS_READ)
-        length = int.from_bytes(self.map[:8], "little")
-        if length > size - 8:
-            raise ValueError(f"{path}: the safetensors header claims {length} bytes of a file of {size}")
-        self.path, self.crc32, self.start = path, crc32, 8 + length
-        try:
-            header = json.loads(self.map[8 : self.start])
-            header.pop("__metadata__", None)
-            self.header = {key: (DTYPES[info["dtype"]], *info["data_offsets"]) for key, info in header.items()}
-        except _MALFORMED as error:
-            raise ValueError(f"{path}: the safetensors header is corrupt: {error!r}") from error
-        self.verified: set[tuple[str, int]] = set()
-
-    def read(self, key: str, stored: Rect, wanted: Rect, out: Tensor) -> None:
-        """Copy rectangle `wanted`, which lies in `stored`, to `out` (height, width)."""
-        if key not in self.header:
-            raise ValueError(f"{self.path}: tensor {key} is missing")
-        dtype, lo, hi = self.header[key]
-        if hi - lo != stored.area * dtype.itemsize or lo < 0 or self.start + hi > len(self.map):
-            raise ValueError(
-                f"{self.path}: tensor {key} has {hi - lo} bytes, its rectangle {tuple(stored)} another size"
-            )
-        row = stored.width * dtype.itemsize
-        top, bottom = (wanted.r0 - stored.r0) * row, (wanted.r1 - stored.r0) * row
-        self._verify(key, self.start + lo, self.start + hi, top, bottom)
-        offset = self.start + lo + top
-        rows = torch.frombuffer(bytearray(self.map[offset : offset + bottom - top]), dtype=dtype).view(-1, stored.width)
-        out.copy_(rows[:, wanted.c0 - stored.c0 : wanted.c1 - stored.c0])
-
-    def _verify(self, key: str, lo: int, hi: int, top: int, bottom: int) -> None:
-        """Check the chunks of the tensor at lo:hi that its bytes top:bottom touch."""
-        if len(self.crc32[key]) != -(-(hi - lo) // CHUNK):
-            raise ValueError(f"{self.path}: tensor {key} of {hi - lo} bytes has {len(self.crc32[key])} checksums")
-        for chunk in range(top // CHUNK, -(-bottom // CHUNK)):
-            if (key, chunk) in self.verified:
-                continue
-            first = lo + chunk * CHUNK
-            if zlib.crc32(self.map[first : min(hi, first + CHUNK)]) != self.crc32[key][chunk]:
-                raise ValueError(f"{self.path}: tensor {key} is corrupt (checksum of its 4 MiB chunk {chunk})")
-            self.verified.add((key, chunk))
-
-
 class Store:
     """A checkpoint opened for reading.
 
@@ -168,7 +111,8 @@ class Store:
         shapes: canonical name -> shape.
 
     Raises:
-        ValueError: no manifest, a damaged one, another format or version, or a file outside the folder.
+        ValueError: no manifest, a damaged one, another format or version, a file outside the folder, a rectangle
+            outside its tensor, or elements that are missing or stored twice.
     """
 
     def __init__(self, folder: Path):
@@ -176,22 +120,29 @@ class Store:
         try:
             self.manifest = json.loads(path.read_text())
             found = self.manifest.get("format"), self.manifest.get("version")
-        except (OSError, *_MALFORMED) as error:
+        except (OSError, *MALFORMED) as error:
             raise ValueError(f"{folder} is not a checkpoint: {error}") from error
         if found != (FORMAT, VERSION):
             raise ValueError(f"{path}: format {found}, but this version reads {(FORMAT, VERSION)}")
         if self.manifest.get("crc32") != _signature(self.manifest):
             raise ValueError(f"{path} is corrupt (its checksum)")
         self.folder = folder
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, TensorFile] = {}
         self._index: dict[str, Index[tuple[str, str]]] = {}
-        self._disjoint: set[tuple[str, str]] = set()
         try:
-            self.shapes = {name: tuple(shape) for name, shape in self.manifest["shapes"].items()}
+            self._check_fields()
+            self.shapes = {name: _shape(name, shape) for name, shape in self.manifest["shapes"].items()}
             for file, record in self.manifest["files"].items():
                 self._add(file, record["size"], record["tensors"])
-        except _MALFORMED as error:
+            self._check_cover()
+        except MALFORMED as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+    def _check_fields(self) -> None:
+        for key, kind in FIELDS.items():
+            value = self.manifest.get(key)
+            if type(value) is not kind or (type(value) is int and value < 0):
+                raise ValueError(f"{key} is {value!r}; it must be of type {kind.__name__}, and not negative")
 
     def _add(self, file: str, size: int, tensors: dict[str, list]) -> None:
         if os.path.basename(file) != file:
@@ -200,9 +151,37 @@ class Store:
             rect = Rect(*sides)
             if not (all(type(side) is int for side in rect) and 0 <= rect.r0 < rect.r1 and 0 <= rect.c0 < rect.c1):
                 raise ValueError(f"{key} in {file}: {sides} is no rectangle")
+            if name not in self.shapes:
+                raise ValueError(f"{key} in {file} has no shape")
+            rows, cols = matrix(self.shapes[name])
+            if rect.r1 > rows or rect.c1 > cols:
+                raise ValueError(f"{key} in {file}: {sides} lies outside of shape {self.shapes[name]}")
             if type(size) is not int or type(crc32) is not list:
                 raise ValueError(f"{key} in {file}: size {size!r} or checksums {crc32!r}")
             self._index.setdefault(state, Index()).add(name, rect, (file, key))
+
+    def _check_cover(self) -> None:
+        """Every element of every state is stored once."""
+        if "weight" not in self._index:
+            raise ValueError("it holds no weights")
+        for state, index in self._index.items():
+            for name, shape in self.shapes.items():
+                rects = [rect for rect, _ in index.by_name.get(name, ())]
+                if twice := overlapping(rects):
+                    raise ValueError(f"{state} of {name} is stored twice: {tuple(twice[0])}, {tuple(twice[1])}")
+                missing = math.prod(shape) - sum(rect.area for rect in rects)
+                if missing:
+                    raise ValueError(f"{state} of {name}: {missing} of {math.prod(shape)} elements are missing")
+
+    @property
+    def states(self) -> list[str]:
+        """What is stored of every tensor: weight, and of a run exp_avg and exp_avg_sq."""
+        return sorted(self._index)
+
+    def dtype(self, state: str, name: str) -> torch.dtype:
+        """What a tensor's state is stored as."""
+        _, (file, key) = self._rectangles(state).by_name[name][0]
+        return self._open(file).specs[key].dtype
 
     def read(self, state: str, name: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of a tensor's `state` to `out` (height, width), verified.
@@ -210,29 +189,31 @@ class Store:
         Raises:
             ValueError: bytes are missing or corrupt; the message names file and tensor.
         """
-        if state not in self._index:
-            raise ValueError(f"{self.folder} holds no {state}: it has {', '.join(sorted(self._index))}")
-        self._check_disjoint(state, name)
-        for overlap, stored, (file, key) in self._index[state].cover(name, rect):
+        for overlap, stored, (file, key) in self._rectangles(state).cover(name, rect):
+            source = self._open(file)
+            if source.specs.get(key, Spec(torch.uint8, ())).shape != (stored.height, stored.width):
+                raise ValueError(f"{source.path}: tensor {key} is missing, or its shape is not {tuple(stored)}'s")
             place = overlap.shift(-rect.r0, -rect.c0)
-            self._open(file).read(key, stored, overlap, out[place.r0 : place.r1, place.c0 : place.c1])
+            inner = overlap.shift(-stored.r0, -stored.c0)
+            source.read(key, inner, out[place.r0 : place.r1, place.c0 : place.c1])
 
-    def _check_disjoint(self, state: str, name: str) -> None:
-        """Without overlaps, `cover` cannot take what is stored twice for what is missing elsewhere."""
-        if (state, name) in self._disjoint:
-            return
-        rects = sorted(rect for rect, _ in self._index[state].by_name.get(name, ()))
-        for n, rect in enumerate(rects):
-            for other in islice(rects, n + 1, None):
-                if other.r0 >= rect.r1:
-                    break
-                if rect.meet(other):
-                    raise ValueError(f"{self.folder}: {state} of {name} is stored twice: {tuple(rect)}, {tuple(other)}")
-        self._disjoint.add((state, name))
+    def _rectangles(self, state: str) -> Index[tuple[str, str]]:
+        if state not in self._index:
+            raise ValueError(f"{self.folder} holds no {state}: it has {', '.join(self.states)}")
+        return self._index[state]
 
-    def _open(self, file: str) -> _File:
+    def _open(self, file: str) -> TensorFile:
         if file not in self._files:
-            record = self.manifest["files"][file]
-            crc32 = {key: entry[-1] for key, entry in record["tensors"].items()}
-            self._files[file] = _File(self.folder / file, record["size"], crc32)
+            path, record = self.folder / file, self.manifest["files"][file]
+            size = path.stat().st_size if path.is_file() else -1
+            if size != record["size"]:
+                found = "missing" if size < 0 else f"{size} bytes"
+                raise ValueError(f"{path}: {found}, the manifest says {record['size']} bytes")
+            self._files[file] = TensorFile(path, {key: entry[-1] for key, entry in record["tensors"].items()})
         return self._files[file]
+
+
+def _shape(name: str, sides: list[int]) -> tuple[int, ...]:
+    if not (1 <= len(sides) <= 2 and all(type(side) is int and side > 0 for side in sides)):
+        raise ValueError(f"{name} has shape {sides}")
+    return tuple(sides)

@@ -145,9 +145,13 @@ class Zero1:
             for slot in bucket.slots:
                 yield slot, {name: slot.view(flat) for name, flat in states.items()}
 
+    def weights(self) -> Iterator[tuple[Slot, dict[str, Tensor]]]:
+        """The same without the moments: what a converted checkpoint has, with which a new run starts."""
+        return ((slot, {"weight": states["weight"]}) for slot, states in self.slots())
+
     def load_weights(self, read: Callable[[str, Rect, Tensor], None]) -> None:
         """Fill the masters from a source of canonical rectangles and gather the weights. Collective over dp."""
-        for slot, states in self.slots():
+        for slot, states in self.weights():
             read(slot.name, slot.rect, states["weight"])
         self.publish()
 

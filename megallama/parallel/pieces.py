@@ -7,6 +7,7 @@ conversion are one operation on these: intersect rectangles.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
@@ -160,6 +161,24 @@ def spans(lo: int, hi: int, cols: int) -> Iterator[Rect]:
         yield Rect(r0, r1, 0, cols)
     if c1:
         yield Rect(r1, r1 + 1, 0, c1)
+
+
+def overlapping(rects: Iterable[Rect]) -> tuple[Rect, Rect] | None:
+    """Two of `rects` that share an element, or None; n log n and a list insertion for each."""
+    events = sorted(event for rect in rects for event in ((rect.r0, 1, rect), (rect.r1, 0, rect)))
+    across: list[tuple[int, int, Rect]] = []  # column intervals of the rectangles that the present row crosses
+    for _, starts, rect in events:  # those that end in a row leave before others start
+        interval = (rect.c0, rect.c1, rect)
+        place = bisect_left(across, interval)
+        if not starts:
+            del across[place]
+            continue
+        if place > 0 and across[place - 1][1] > rect.c0:
+            return across[place - 1][2], rect
+        if place < len(across) and across[place][0] < rect.c1:
+            return rect, across[place][2]
+        across.insert(place, interval)
+    return None
 
 
 class Index(Generic[T]):

@@ -103,8 +103,7 @@ class Loop:
                 record = self._record(step, stats, time.perf_counter() - start)
                 if task.valid is not None and self._due(step, train.valid_interval, steps):
                     record["valid_loss"] = self.validate(task)
-                if failure := self.checkpointer.failed():
-                    self.progress.note(f"a checkpoint could not be written, the run goes on: {failure}")
+                self._tell_failed_saves()
                 self._report(step, stats, record)
                 tick()
                 if self._due(step, self.config.checkpoint.interval, steps) or stats.stop:
@@ -114,7 +113,16 @@ class Loop:
                     break
                 start = time.perf_counter()
             self.checkpointer.wait()  # a second signal must not cut the last save off
+        if self._tell_failed_saves():
+            raise OSError("the last checkpoint could not be written; the run can go on from the one before")
         self.progress.note(f"checkpoint of step {self.trainer.done} in {self.checkpointer.root}")
+
+    def _tell_failed_saves(self) -> bool:
+        """Note saves that failed; whether the newest step's is among them. Only rank 0 knows of any."""
+        failures = self.checkpointer.failed()
+        for step, why in failures.items():
+            self.progress.note(f"no checkpoint of step {step}, the run goes on: {why}")
+        return self.trainer.done in failures
 
     @staticmethod
     def _due(step: int, interval: int, steps: range) -> bool:
@@ -152,6 +160,7 @@ class Loop:
         self.bad_steps = self.bad_steps + 1 if stats.skipped else 0
         if self.bad_steps >= self.config.train.max_bad_steps:
             self.checkpointer.wait()
+            self._tell_failed_saves()
             raise ValueError(
                 f"{self.bad_steps} consecutive steps had non-finite gradients (train.max_bad_steps="
                 f"{self.config.train.max_bad_steps}); lower optim.lr={self.config.optim.lr}, check the data, "

@@ -8,15 +8,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megallama.checkpoint import Checkpointer, Store
-from megallama.checkpoint.formats.hf import HFSource, export_hf
+from megallama.checkpoint.formats import HFSource, StoreSource, require_model, write_hf
 from megallama.config import Config, dump
 from megallama.data import check_vocabulary, load_tokenizer, open_mixture
 from megallama.data.loader import Loader
 from megallama.runtime.faults import guard
 from megallama.runtime.launch import TIMEOUT, connect, disconnect, rendezvous, resolve
+from megallama.runtime.lock import sole_owner
 from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.runtime.metrics import Metrics
 from megallama.runtime.progress import Progress
@@ -50,9 +52,9 @@ def run(config: Config) -> int:
 
     with on_mesh(config, where) as mesh:
         task = pretraining_task(config, mesh)
-        prepare_folder(config, mesh)
-        trainers.append(build_trainer(config, mesh))
-        pretrain(trainers[0], task)
+        with run_folder(config, mesh):
+            trainers.append(build_trainer(config, mesh))
+            pretrain(trainers[0], task)
     return 0
 
 
@@ -71,9 +73,9 @@ def pretrain(trainer: Trainer, task: Task) -> None:
             progress.note(line)
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
         if keep.export_hf and first and trainer.done == config.train.steps:
-            last, folder = Store(checkpointer.folder(trainer.done)), Path(keep.export_hf)
+            last, folder = StoreSource(checkpointer.folder(trainer.done), config.model), Path(keep.export_hf)
             tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-            export_hf(last, config.model, folder, tokenizer=tokenizer)
+            write_hf(last, folder, torch.bfloat16, tokenizer=tokenizer)
             progress.note(f"HF export in {folder}")
 
 
@@ -90,6 +92,8 @@ def resume(
     """
     source, optimizer = trainer.config.checkpoint.load, trainer.optimizer
     assert optimizer is not None, "pretraining trains"
+    for line in checkpointer.sweep():
+        note(line)
     own, folder = checkpointer.folders(), Path(source)
     back = folder.parent.resolve() == checkpointer.root.resolve()
     if own and (source == "none" or (back and folder.name != own[0].name)):
@@ -102,11 +106,11 @@ def resume(
     elif source == "none" or source.startswith(HF):
         store = None
     else:
-        store = checkpointer.load(folder, optimizer.slots)
+        store = checkpointer.load(folder, optimizer.slots if "exp_avg" in Store(folder).states else optimizer.weights)
     if store is None:
         if source.startswith(HF):
             weights = HFSource(Path(source.removeprefix(HF)))
-            weights.require(trainer.config.model)
+            require_model(weights, trainer.config.model)
             optimizer.load_weights(weights.read)
             note(f"starting from the weights of {weights.folder}")
         return 0
@@ -146,20 +150,24 @@ def pretraining_task(config: Config, mesh: Mesh) -> Task:
     return Task(NextToken(model.vocab_size, mesh.tp), train, loader("valid") if validates else None, fingerprints)
 
 
-def prepare_folder(config: Config, mesh: Mesh) -> None:
-    """Make the run's folder and write its resolved configuration. Collective.
+@contextmanager
+def run_folder(config: Config, mesh: Mesh) -> Iterator[None]:
+    """Make the run's folder, own it, and write its resolved configuration. Collective.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be written, or another run owns it.
     """
     folder = Path(config.output_dir)
-    if mesh.world.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(dump(config))
-        except OSError as error:
-            raise ValueError(
-                f"output_dir={folder} cannot be written ({error.strerror}); set output_dir to a folder of yours"
-            ) from error
-    if mesh.world.size > 1:
-        dist.barrier(mesh.world.group)
+    with ExitStack() as stack:
+        if mesh.world.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(sole_owner(folder))
+                (folder / "config.yaml").write_text(dump(config))
+            except OSError as error:
+                raise ValueError(
+                    f"output_dir={folder} cannot be written ({error.strerror}); set output_dir to a folder of yours"
+                ) from error
+        if mesh.world.size > 1:
+            dist.barrier(mesh.world.group)
+        yield

@@ -6,6 +6,7 @@ import json
 import resource
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megallama.checkpoint import Checkpointer, Store
-from megallama.checkpoint.formats import HFSource, export_hf
+from megallama.checkpoint import Checkpointer
+from megallama.checkpoint.formats import HFSource, StoreSource, read_whole, require_model, write_hf
 from megallama.checkpoint.formats.hf import model_config
-from megallama.checkpoint.store import write_manifest, write_rectangles
+from megallama.checkpoint.store import Stored, write_manifest, write_rectangles
 from megallama.config import Config, ModelConfig, TrainConfig
 from megallama.data.batch import Batch
 from megallama.data.tokenizer import load_tokenizer, wrap_tokenizer
@@ -80,7 +81,7 @@ def write_folder(
     return folder
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> Store:
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], model: ModelConfig = MODEL) -> StoreSource:
     """A checkpoint of two ranks that hold the upper and the lower half of every matrix's columns."""
     records = []
     for rank in range(2):
@@ -88,11 +89,14 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> Store:
         for name, tensor in tensors.items():
             rows, cols = matrix(tuple(tensor.shape))
             lo, hi = (0, cols // 2) if rank == 0 else (cols // 2, cols)
-            parts.append(("weight", name, Rect(0, rows, lo, hi), tensor.view(rows, cols)[:, lo:hi].contiguous()))
+            half = tensor.view(rows, cols)[:, lo:hi]
+            parts.append(Stored("weight", name, Rect(0, rows, lo, hi), tensor.dtype, partial(Tensor.contiguous, half)))
         folder.mkdir(exist_ok=True)
         records.append(write_rectangles(folder, f"rank_{rank:05d}.safetensors", parts))
-    write_manifest(folder, records, {name: tuple(t.shape) for name, t in tensors.items()}, {"step": 1})
-    return Store(folder)
+    section = {key: value for key, value in vars(model).items() if key != "preset"}
+    meta = {"step": 1, "consumed_samples": 8, "updates": 1, "model": section, "fingerprints": {}}
+    write_manifest(folder, records, {name: tuple(t.shape) for name, t in tensors.items()}, meta)
+    return StoreSource(folder)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def transformers() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory: pytest.TempPathFactory) -> StoreSource:
     return write_checkpoint(tmp_path_factory.mktemp("step"), random_tensors())
 
 
@@ -205,9 +209,9 @@ class TestReading:
             source.read(EMBEDDING, rect, torch.empty(rect.height, rect.width))
 
     def test_require(self, source: HFSource) -> None:
-        source.require(replace(MODEL, preset="llama2-7b", initializer_range=0.5, max_position_embeddings=7))
+        require_model(source, replace(MODEL, preset="llama2-7b", initializer_range=0.5, max_position_embeddings=7))
         with pytest.raises(ValueError, match=r"model\.hidden_size=48 \(there 24\), model\.rope_theta=9\.0 \(there 123"):
-            source.require(replace(MODEL, hidden_size=48, rope_theta=9.0))
+            require_model(source, replace(MODEL, hidden_size=48, rope_theta=9.0))
 
 
 class TestConfig:
@@ -304,19 +308,38 @@ class TestDamage:
 
 
 class TestExport:
-    @pytest.mark.parametrize(("dtype", "torch_dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-    def test_comes_back(self, store: Store, tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> None:
-        export_hf(store, MODEL, tmp_path / "out", dtype)
+    @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+    def test_comes_back(self, store: StoreSource, tmp_path: Path, dtype: torch.dtype | None) -> None:
+        write_hf(store, tmp_path / "out", dtype)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
         written = load_file(tmp_path / "out" / "model.safetensors")
         assert written.keys() == canonical_shapes(MODEL).keys()
         for name, tensor in random_tensors().items():
-            assert torch.equal(written[name], tensor.to(torch_dtype)), name
+            assert torch.equal(written[name], tensor.to(dtype or torch.float32)), name
         assert HFSource(tmp_path / "out").model == MODEL
+        said = json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"]
+        assert said == str(dtype or torch.float32).removeprefix("torch.")
 
-    def test_shards(self, store: Store, tmp_path: Path) -> None:
+    def test_each_tensor_keeps_its_own_dtype(self, tmp_path: Path) -> None:
+        tensors = {name: t if "norm" in name else t.bfloat16() for name, t in random_tensors().items()}
+        write_hf(HFSource(write_folder(tmp_path / "in", tensors)), tmp_path / "out")
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert {name: t.dtype for name, t in written.items()} == {name: t.dtype for name, t in tensors.items()}
+        assert all(torch.equal(written[name], t) for name, t in tensors.items())
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+    def test_generation_settings_are_kept(self, store: StoreSource, tmp_path: Path) -> None:
+        like = write_folder(tmp_path / "in", random_tensors(), {**CONFIG, "bos_token_id": 7, "eos_token_id": [8, 9]})
+        settings = {"eos_token_id": [8, 9], "temperature": 0.6, "do_sample": True}
+        (like / "generation_config.json").write_text(json.dumps(settings))
+        write_hf(store, tmp_path / "out", like=like)
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert (written["bos_token_id"], written["eos_token_id"]) == (7, [8, 9])
+        assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == settings
+
+    def test_shards(self, store: StoreSource, tmp_path: Path) -> None:
         limit = 5000
-        export_hf(store, MODEL, tmp_path / "out", "float32", limit)
+        write_hf(store, tmp_path / "out", torch.float32, limit)
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         tensors = random_tensors()
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
@@ -330,49 +353,46 @@ class TestExport:
             assert held.keys() == {name for name, place in index["weight_map"].items() if place == file}
         source = HFSource(tmp_path / "out")
         for name, tensor in tensors.items():
-            rows, cols = matrix(tuple(tensor.shape))
-            out = torch.empty(rows, cols)
-            source.read(name, Rect(0, rows, 0, cols), out)
-            assert torch.equal(out.view(tensor.shape), tensor), name
+            assert torch.equal(read_whole(source, name), tensor), name
 
-    def test_replaces_an_earlier_export_only(self, store: Store, tmp_path: Path) -> None:
+    def test_replaces_an_earlier_export_only(self, store: StoreSource, tmp_path: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()
-        export_hf(store, MODEL, out, max_shard_bytes=5000)  # an empty folder is fine
-        export_hf(store, MODEL, out)
+        write_hf(store, out, max_shard_bytes=5000)  # an empty folder is fine
+        write_hf(store, out)
         assert {p.name for p in out.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
         (out / "notes.txt").write_text("mine")
         with pytest.raises(ValueError, match=r"notes\.txt"):
-            export_hf(store, MODEL, out)
+            write_hf(store, out)
         assert (out / "notes.txt").read_text() == "mine"
         foreign = write_folder(tmp_path / "foreign", random_tensors())
         with pytest.raises(ValueError, match=r"model\.safetensors, which is not from an earlier export"):
-            export_hf(store, MODEL, foreign)
+            write_hf(store, foreign)
         bare = tmp_path / "bare"
         bare.mkdir()
         (bare / "config.json").write_text("{}")
         with pytest.raises(ValueError, match="not an earlier export"):
-            export_hf(store, MODEL, bare)
+            write_hf(store, bare)
         with pytest.raises(ValueError, match="is a file"):
-            export_hf(store, MODEL, bare / "config.json")
+            write_hf(store, bare / "config.json")
 
     def test_failure_leaves_the_earlier_export(self, tmp_path: Path) -> None:
         store = write_checkpoint(tmp_path / "step", random_tensors())
-        export_hf(store, MODEL, tmp_path / "out")
+        write_hf(store, tmp_path / "out")
         before = (tmp_path / "out" / "model.safetensors").read_bytes()
         damaged = tmp_path / "step" / "rank_00001.safetensors"
         content = damaged.read_bytes()
         damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(ValueError, match="corrupt"):
-            export_hf(Store(tmp_path / "step"), MODEL, tmp_path / "out")
+            write_hf(StoreSource(tmp_path / "step"), tmp_path / "out")
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "step"]
 
-    def test_wrong_arguments(self, store: Store, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"float16: choose one of bfloat16, float32"):
-            export_hf(store, MODEL, tmp_path / "out", "float16")
-        with pytest.raises(ValueError, match=r"lm_head.*\(50, 24\) there, but None"):
-            export_hf(store, TIED, tmp_path / "out")
+    def test_wrong_arguments(self, store: StoreSource, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"int8: choose one of .*bfloat16"):
+            write_hf(store, tmp_path / "out", torch.int8)
+        with pytest.raises(ValueError, match=r"another model: model\.tie_word_embeddings=True \(there False\)"):
+            StoreSource(store.folder, TIED)
         assert not list(tmp_path.iterdir())
 
 
@@ -381,7 +401,8 @@ class TestTokenizer:
 
     def export(self, work: Path, tokenizer: Path, vocab: int) -> tuple[Path, dict[str, Any]]:
         model = replace(MODEL, vocab_size=vocab)
-        export_hf(write_checkpoint(work / "step", random_tensors(model)), model, work / "out", tokenizer=tokenizer)
+        source = write_checkpoint(work / "step", random_tensors(model), model)
+        write_hf(source, work / "out", torch.bfloat16, tokenizer=tokenizer)
         config = json.loads((work / "out" / "config.json").read_text())
         generation = json.loads((work / "out" / "generation_config.json").read_text())
         special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
@@ -396,7 +417,7 @@ class TestTokenizer:
             assert theirs.encode(text) == ours.encode(text)
             assert theirs.decode(ours.encode(text)) == text
         assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
-        export_hf(Store(tmp_path / "step"), replace(MODEL, vocab_size=304), folder)  # and is known as our own
+        write_hf(StoreSource(tmp_path / "step"), folder)  # and is known as our own
         assert not (folder / "tokenizer.model").exists()
 
     @pytest.mark.parametrize("form", ["folder", "tokenizer.json", "wrapped"])
@@ -424,8 +445,9 @@ def test_exported_run_computes_the_same_in_transformers(transformers: ModuleType
     trainer = build_trainer(Config(model=model, train=TrainConfig(dtype="float32")), Mesh())
     assert trainer.optimizer is not None
     checkpointer = Checkpointer(tmp_path / "run", Mesh(), model, 0, False)
-    checkpointer.save(1, trainer.optimizer.slots(), {})
-    export_hf(Store(tmp_path / "run" / "step_00000001"), model, tmp_path / "out", "float32", 5000)
+    counts = {"consumed_samples": 0, "updates": 0, "fingerprints": {}}
+    checkpointer.save(1, trainer.optimizer.slots(), counts)
+    write_hf(StoreSource(tmp_path / "run", model), tmp_path / "out", torch.float32, 5000)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.float32
     assert (theirs.config.rope_parameters["rope_theta"], theirs.config.rms_norm_eps) == (123.0, 1e-4)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megallama.checkpoint import store as module
-from megallama.checkpoint.store import CHUNK, MANIFEST, Store, write_manifest, write_rectangles
+from megallama.checkpoint import tensors
+from megallama.checkpoint.store import MANIFEST, Store, Stored, write_manifest, write_rectangles
+from megallama.checkpoint.tensors import CHUNK
 from megallama.parallel.pieces import Rect
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (20, 30), "norm": (17,)}
 WHOLE = {"w": Rect(0, 20, 0, 30), "norm": Rect(0, 1, 0, 17)}
-META = {"step": 3, "consumed_samples": 48, "updates": 3}
-Part = tuple[str, str, Rect, Tensor]
+META = {"step": 3, "consumed_samples": 48, "updates": 3, "model": {}, "fingerprints": {}}
 
 
 def values(name: str, rect: Rect, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -30,14 +34,17 @@ def values(name: str, rect: Rect, dtype: torch.dtype = torch.float64) -> Tensor:
     return rows * 100 + torch.arange(rect.c0, rect.c1, dtype=dtype) + (0.5 if name == "norm" else 0)
 
 
-def part(name: str, *sides: int, state: str = "weight") -> Part:
-    return state, name, Rect(*sides), values(name, Rect(*sides))
+def part(name: str, *sides: int, state: str = "weight") -> Stored:
+    rect = Rect(*sides)
+    return Stored(state, name, rect, torch.float64, lambda: values(name, rect))
 
 
-def write(folder: Path, *files: list[Part]) -> Path:
+def write(folder: Path, *files: list[Stored]) -> Path:
+    """The manifest has the shapes of what is there."""
     folder.mkdir(exist_ok=True)
     records = [write_rectangles(folder, f"rank_{n:05d}.safetensors", parts) for n, parts in enumerate(files)]
-    write_manifest(folder, records, SHAPES, META)
+    shapes = {name: shape for name, shape in SHAPES.items() if any(p.name == name for parts in files for p in parts)}
+    write_manifest(folder, records, shapes, META)
     return folder
 
 
@@ -77,10 +84,11 @@ def split(rect: Rect, data: st.DataObject) -> Iterator[Rect]:
 def test_any_rectangles_from_any_others(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Written in one random cut over three files, read in another; fp32, fp64 and bf16."""
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-    files: list[list[Part]] = [[], [], []]
+    files: list[list[Stored]] = [[], [], []]
     for name, whole in WHOLE.items():
         for rect in split(whole, data):
-            files[data.draw(st.integers(0, 2))].append(("weight", name, rect, values(name, rect, dtype)))
+            stored = Stored("weight", name, rect, dtype, partial(values, name, rect, dtype))
+            files[data.draw(st.integers(0, 2))].append(stored)
     folder = write(tmp_path_factory.mktemp("store"), *files)
     store = Store(folder)
     assert store.shapes == SHAPES and store.manifest["step"] == 3
@@ -126,7 +134,7 @@ def test_a_flipped_bit_is_found_and_named(saved: Path, place: int) -> None:
 
 def test_only_touched_chunks_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With chunks of two rows: damage in row 19 is no matter to who reads rows 0 to 17."""
-    monkeypatch.setattr(module, "CHUNK", 2 * 30 * 8)
+    monkeypatch.setattr(tensors, "CHUNK", 2 * 30 * 8)
     folder = write(tmp_path / "c", [part("w", *WHOLE["w"])])
     flip(folder / "rank_00000.safetensors", -1)
     top = Rect(0, 18, 0, 30)
@@ -134,6 +142,37 @@ def test_only_touched_chunks_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=r"weight/w/0_0 is corrupt .*chunk 9"):
         read(folder, "w", Rect(17, 19, 4, 5))
     assert CHUNK == 4 << 20
+
+
+def test_only_the_bytes_needed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank reads the chunks that its rectangle touches; of those it has verified before, just the bytes it needs."""
+    chunk, row = 100, 30 * 8
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    store = Store(write(tmp_path / "c", [part("w", *WHOLE["w"])]))
+    read_bytes, preadv = [], os.preadv
+
+    def counting(handle: int, buffers: list, at: int) -> int:
+        read_bytes.append(preadv(handle, buffers, at))
+        return read_bytes[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    for rect in (Rect(3, 4, 0, 30), Rect(0, 20, 0, 30), Rect(7, 9, 10, 11)):
+        seen = read_bytes.copy()
+        out = torch.empty(rect.height, rect.width, dtype=torch.float64)
+        store.read("weight", "w", rect, out)
+        assert torch.equal(out, values("w", rect))
+        touched = -(-rect.r1 * row // chunk) * chunk - rect.r0 * row // chunk * chunk
+        assert rect.height * row <= sum(read_bytes) - sum(seen) <= touched
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folder = write(tmp_path / "c", *([part("w", row, row + 1, 0, 30)] for row in range(20)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 10, hard))
+    try:
+        assert torch.equal(read(folder, "w"), values("w", WHOLE["w"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def test_every_flipped_bit_of_a_header_is_an_error_or_no_matter(saved: Path) -> None:
@@ -227,6 +266,14 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "files in a list": (lambda m: m.update(files=[1]), "damaged"),
     "no shapes": (lambda m: m.pop("shapes"), "damaged"),
     "a number as a shape": (lambda m: m["shapes"].update(w=5), "damaged"),
+    "a shape of exabytes": (lambda m: m["shapes"].update(w=[10**9, 10**9]), "elements are missing"),
+    "a shape without end": (lambda m: m["shapes"].update(w=[20, 30, 1]), r"w has shape \[20, 30, 1\]"),
+    "a negative shape": (lambda m: m["shapes"].update(w=[-20, -30]), "w has shape"),
+    "a shape that nothing fills": (lambda m: m["shapes"].update(other=[10**12]), "weight of other: 10{12} of"),
+    "a step before the first": (lambda m: m.update(step=-1), "step is -1"),
+    "no updates": (lambda m: m.pop("updates"), "updates is None"),
+    "samples in words": (lambda m: m.update(consumed_samples="many"), "consumed_samples is 'many'"),
+    "a model of odd type": (lambda m: m.update(model=[1]), r"model is \[1\]"),
     "no size": (lambda m: first(m).pop("size"), "damaged"),
     "size in words": (lambda m: first(m).update(size="big"), "damaged"),
     "size of a petabyte": (lambda m: first(m).update(size=10**15), "the manifest says"),
@@ -240,10 +287,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "negative sides": (sides(-9, 11, 0, 11), "no rectangle"),
     "empty": (sides(5, 5, 0, 11), "no rectangle"),
     "inside out": (sides(20, 0, 11, 0), "no rectangle"),
-    "absurdly high": (sides(0, 10**15, 0, 11), "another size"),
-    "taller, so overlapping nothing": (sides(0, 21, 0, 11), "another size"),
-    "too short": (sides(0, 19, 0, 11), "11 missing"),
-    "elsewhere": (sides(0, 20, 30, 41), "220 missing"),
+    "absurdly high": (sides(0, 10**15, 0, 11), "outside of shape"),
+    "taller, so overlapping nothing": (sides(0, 21, 0, 11), "outside of shape"),
+    "too short": (sides(0, 19, 0, 11), "weight of w: 11 of 600 elements are missing"),
+    "elsewhere": (sides(0, 20, 30, 41), "outside of shape"),
     "wider, over the right half": (sides(0, 20, 0, 12), "stored twice"),
     "shifted to the right": (sides(0, 20, 1, 12), "stored twice"),
     "transposed": (sides(0, 11, 0, 20), "stored twice"),
@@ -264,18 +311,21 @@ def test_hostile_manifests(saved: Path, change: Callable[[dict[str, Any]], Any],
 
 def test_stored_twice_here_and_missing_there_is_noticed(tmp_path: Path) -> None:
     """The numbers of elements add up; only comparing the rectangles shows it."""
-    parts = [part("w", 0, 10, 0, 30), part("w", 5, 15, 0, 30)]
-    folder = write(tmp_path / "c", parts, [part("norm", 0, 1, 0, 17)])
+    folder = write(tmp_path / "c", [part("w", 0, 10, 0, 30), part("w", 5, 15, 0, 30)])
     with pytest.raises(ValueError, match="weight of w is stored twice"):
-        read(folder, "w")
-    assert torch.equal(read(folder, "norm"), values("norm", WHOLE["norm"]))
+        Store(folder)
 
 
 def test_missing_elements_are_counted(tmp_path: Path) -> None:
     folder = write(tmp_path / "c", [part("w", 0, 20, 0, 29)])
-    with pytest.raises(ValueError, match="w rows 0:20, columns 0:30: 20 missing of 600 elements"):
-        read(folder, "w")
-    assert torch.equal(read(folder, "w", Rect(0, 20, 0, 29)), values("w", Rect(0, 20, 0, 29)))
+    with pytest.raises(ValueError, match="weight of w: 20 of 600 elements are missing"):
+        Store(folder)
+
+
+def test_moments_of_some_tensors_only_are_noticed(tmp_path: Path) -> None:
+    whole = [part("w", *WHOLE["w"]), part("norm", *WHOLE["norm"]), part("norm", *WHOLE["norm"], state="exp_avg")]
+    with pytest.raises(ValueError, match="exp_avg of w: 600 of 600 elements are missing"):
+        Store(write(tmp_path / "c", whole))
 
 
 def test_a_missing_state_is_named(saved: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megallama.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megallama.model.canonical import canonical_shapes
 from megallama.optim import Zero1
-from megallama.parallel.pieces import Index, Piece, Rect, Slot, cut, matrix, pieces, shard, spans
+from megallama.parallel.pieces import Index, Piece, Rect, Slot, cut, matrix, overlapping, pieces, shard, spans
 from megallama.runtime.mesh import sketch
 from megallama.train.trainer import build_stages
 
@@ -52,6 +52,22 @@ def test_meet_is_the_common_elements(a, b):
     assert (elements(both) if both else set()) == elements(a) & elements(b)
     assert both == b.meet(a)
     assert a.area == len(elements(a)) == a.height * a.width
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_overlapping_finds_two_that_share_an_element(data):
+    """Among random rectangles, and among the tiles of a tensor with one more or one moved."""
+    many = data.draw(st.lists(rects(), max_size=6))
+    tiles = data.draw(tilings(9, 9))
+    moved = data.draw(st.integers(0, len(tiles) - 1))
+    for held in (many, tiles, [*tiles[:moved], *tiles[moved + 1 :], data.draw(rects())]):
+        found = overlapping(data.draw(st.permutations(held)))
+        total = sum(len(elements(rect)) for rect in held)
+        if len(set().union(*map(elements, held))) == total:
+            assert found is None
+        else:
+            assert found is not None and set(found) <= set(held) and elements(found[0]) & elements(found[1])
 
 
 @settings(deadline=None)

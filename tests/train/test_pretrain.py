@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,58 @@ def test_profiler_traces(arguments: list[str], tmp_path: Path) -> None:
     written = trace.stat().st_mtime_ns
     train(arguments, *window)  # resumed behind the window: the trace stays
     assert trace.stat().st_mtime_ns == written
+
+
+def test_a_second_run_on_one_folder_is_refused(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first, in a process of its own, is named, and goes on untouched; once it is killed, the folder is free."""
+    long = [*arguments, "--train.steps", "100000", "--train.valid_interval", "0", "--checkpoint.interval", "5"]
+    first = subprocess.Popen([sys.executable, "-m", "megallama", *long], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    run = tmp_path / "run"
+    wait_for(lambda: len(checkpoint_folders(run / "checkpoints")) > 0, first)
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--optim.lr", "1"])
+    error = capfd.readouterr().err
+    assert f"output_dir={run} is in use by another run: process {first.pid} on {socket.gethostname()} since 20" in error
+    assert "set another output_dir" in error
+    assert load(["--config", str(run / "config.yaml")]).optim.lr == 5e-3
+    wait_for(lambda: checkpoint_folders(run / "checkpoints")[0].name > "step_00000010", first)
+    first.kill()
+    first.wait()
+    (newest, *_) = checkpoint_folders(run / "checkpoints")
+    assert train(long, "--train.stop_after", str(int(newest.name[5:]) + 1))
+
+
+def test_a_full_disk_does_not_stop_a_run(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real small file system with room for two checkpoints: steps 1 and 2 have one, 3 is missed and said so, and at
+    the end, where the last one is missing, the run fails and can go on from the second."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main([*arguments, "--checkpoint.interval", "1", "--checkpoint.keep", "0", "--train.stop_after", "4"])
+        assert end.value.code == 1
+        output, error = capfd.readouterr()
+        assert re.search(r"no checkpoint of step 3, the run goes on: .* MiB free, a checkpoint needs", output)
+        assert re.search(r"no checkpoint of step 4, the run goes on", output)
+        assert "the last checkpoint could not be written; the run can go on from the one before" in error
+        assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4]
+        left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert left == ["step_00000001", "step_00000002"]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
 
 
 def test_hopeless_gradients_end_the_run(
@@ -250,8 +304,11 @@ def check_refusal(error: str, folder: Path, words: str) -> None:
     assert not read_metrics(folder / "run") if (folder / "run" / "metrics.jsonl").exists() else True
 
 
-def test_four_processes_give_the_same_losses(arguments: list[str], tmp_path: Path) -> None:
-    """The command line of the README, under torchrun."""
+def test_one_process_goes_on_with_what_four_began(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's command line, under torchrun, then alone: data, batch ramp, schedule and losses as in one go."""
+    arguments += ["--train.ramp.start", "4", "--train.ramp.increment", "2", "--train.ramp.samples", "20"]
     alone = train(arguments, "--output_dir", str(tmp_path / "alone"))
     command = [
         sys.executable,
@@ -264,14 +321,16 @@ def test_four_processes_give_the_same_losses(arguments: list[str], tmp_path: Pat
         "megallama",
         *arguments,
     ]
-    command += ["--parallel.tp", "2", "--parallel.pp", "2", "--output_dir", str(tmp_path / "four")]
+    command += ["--parallel.tp", "2", "--parallel.pp", "2", "--train.stop_after", "4"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    four = read_metrics(tmp_path / "four")
-    for a, b in zip(alone, four, strict=True):
+    both = train(arguments)
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step_00000004'}" in capsys.readouterr().out
+    for a, b in zip(alone, both, strict=True):
+        assert (a["lr"], a["consumed_samples"]) == (b["lr"], b["consumed_samples"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
         assert a.get("valid_loss", 0) == pytest.approx(b.get("valid_loss", 0), rel=1e-10)
-    assert checkpoint_folders(tmp_path / "four" / "checkpoints")
+    assert alone[0]["consumed_samples"] == 4 < alone[-1]["consumed_samples"] - alone[-2]["consumed_samples"]
 
 
 def test_a_signal_saves_and_leaves(arguments: list[str], tmp_path: Path) -> None:
@@ -279,10 +338,7 @@ def test_a_signal_saves_and_leaves(arguments: list[str], tmp_path: Path) -> None
     long = [*arguments, "--train.steps", "100000", "--train.valid_interval", "0"]
     process = subprocess.Popen([sys.executable, "-m", "megallama", *long], env=ENVIRONMENT, stdout=subprocess.PIPE)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    end = time.monotonic() + 100
-    while not (metrics.exists() and len(read_metrics(metrics)) > 2):
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) > 2, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0

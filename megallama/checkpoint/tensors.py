@@ -1,0 +1,280 @@
+"""One safetensors file, written tensor by tensor and read by byte ranges.
+
+The safetensors package writes a file from tensors that all lie in memory, and reads by mapping it. Here neither side
+ever holds more than a window of one tensor, and every 4 MiB can carry a checksum. Format: 8 bytes little-endian length
+of a JSON header {key: {dtype, shape, data_offsets}}, the header, the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import math
+import os
+import threading
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megallama.parallel.pieces import Rect, matrix
+
+CHUNK = 4 << 20
+"""Bytes under one checksum."""
+
+WINDOW = 32 << 20
+"""Bytes read at a time where they cannot go straight to their place."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100 << 20
+"""Bytes; the safetensors package's own bound."""
+
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading JSON of an unexpected structure raises."""
+
+
+class Spec(NamedTuple):
+    """What a tensor is stored as."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reserve(handle: int, size: int) -> None:
+    """Give an open file its `size` bytes on the disk, where the file system can.
+
+    fallocate(2) itself, because posix_fallocate writes zeros to every block where the file system cannot.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    while fallocate is not None and fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class TensorWriter:
+    """Writes one file; a context manager, whose end without an error means that all bytes are on the disk.
+
+    Args:
+        specs: all tensors that will be written, in any order.
+        metadata: strings for the header.
+
+    Attributes:
+        size: bytes of the file.
+
+    Raises:
+        OSError: the disk is full, before a byte is written where the file system can reserve space.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
+        self.path, self.specs = path, dict(specs)
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        # Wide elements first: every tensor then starts at a multiple of its element's size.
+        for key, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+            self._offsets[key] = end
+            end += spec.nbytes
+            offsets = [self._offsets[key], end]
+            header[key] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._start, self.size = 8 + len(text), 8 + len(text) + end
+        self._left = set(specs)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            reserve(self._handle, self.size)
+            self._put(memoryview(len(text).to_bytes(8, "little") + text), 0)
+        except BaseException:
+            os.close(self._handle)
+            raise
+        self._flusher = Flusher(self._handle)
+
+    def write(self, key: str, tensor: Tensor) -> list[int]:
+        """Write one announced tensor, moved to the CPU if need be; the CRC32 of each of its chunks."""
+        spec = self.specs[key]
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{key}: {tensor.dtype} {tensor.shape} is not {spec}"
+        data, at = as_bytes(tensor.cpu().contiguous()), self._start + self._offsets[key]
+        crc32 = []
+        for lo in range(0, len(data), CHUNK):
+            chunk = data[lo : lo + CHUNK]
+            self._put(chunk, at + lo)
+            crc32.append(zlib.crc32(chunk))
+        self._left.remove(key)
+        return crc32
+
+    def _put(self, data: memoryview, at: int) -> None:
+        while data:
+            written = os.pwrite(self._handle, data, at)
+            data, at = data[written:], at + written
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._flusher.stop()
+            if kind is None:
+                assert not self._left, f"{self.path}: {sorted(self._left)} were announced, but not written"
+                os.fsync(self._handle)
+        finally:
+            os.close(self._handle)
+
+
+class Flusher:
+    """Sends a file to the disk while it is still being written, so that the disk is never idle."""
+
+    def __init__(self, handle: int):
+        self._handle, self._over = handle, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.05):
+            try:
+                os.fsync(self._handle)
+            except OSError:
+                return  # the last fsync tells of it
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class TensorFile:
+    """One file opened for reading: its header only.
+
+    Args:
+        crc32: key -> CRC32 of each chunk; a chunk is verified when it is touched first.
+
+    Attributes:
+        specs: what the tensors are.
+        metadata: strings of the header.
+        size: bytes of the file.
+
+    Raises:
+        ValueError: there is no such file, or its header is corrupt.
+    """
+
+    def __init__(self, path: Path, crc32: Mapping[str, list[int]] | None = None):
+        self.path, self._crc32 = path, crc32
+        self.metadata: dict[str, str] = {}
+        self.specs: dict[str, Spec] = {}
+        self._offsets: dict[str, int] = {}
+        self._verified: set[tuple[str, int]] = set()
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if length > min(self.size - 8, LONGEST_HEADER):
+                    raise ValueError(
+                        f"{path}: the safetensors header claims {length} bytes of a file of {self.size} bytes"
+                    )
+                text = file.read(length)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        self._start = 8 + length
+        try:
+            header = json.loads(text)
+            self.metadata = dict(header.pop("__metadata__", {}))
+            for key, info in header.items():
+                self._add(key, DTYPES[info["dtype"]], info["shape"], *info["data_offsets"])
+        except MALFORMED as error:
+            raise ValueError(f"{path}: the safetensors header is corrupt: {error!r}") from error
+
+    def _add(self, key: str, dtype: torch.dtype, shape: list[int], lo: int, hi: int) -> None:
+        spec = Spec(dtype, tuple(shape))
+        if not all(type(side) is int and side >= 0 for side in shape) or not 0 <= lo <= hi <= self.size - self._start:
+            raise ValueError(f"{key} of shape {shape} at {lo}:{hi}")
+        if spec.nbytes != hi - lo:
+            raise ValueError(f"{key} of shape {shape} needs {spec.nbytes} bytes, but has {hi - lo}")
+        self.specs[key], self._offsets[key] = spec, lo
+
+    def read(self, key: str, rect: Rect, out: Tensor) -> None:
+        """Write rectangle `rect` of a tensor to `out` (height, width), cast to its dtype.
+
+        Raises:
+            ValueError: no such tensor or rectangle, or a corrupt chunk.
+        """
+        if key not in self.specs:
+            raise ValueError(f"{self.path}: tensor {key} is missing")
+        dtype, shape = self.specs[key]
+        rows, cols = matrix(shape) if shape else (1, 1)
+        if not (0 <= rect.r0 < rect.r1 <= rows and 0 <= rect.c0 < rect.c1 <= cols):
+            raise ValueError(f"{self.path}: tensor {key} of shape {shape} has no rectangle {tuple(rect)}")
+        row = cols * dtype.itemsize
+        handle = os.open(self.path, os.O_RDONLY)  # not kept: a checkpoint may have more files than a process may open
+        try:
+            if rect.width == cols and out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
+                self._fill(handle, key, rect.r0 * row, as_bytes(out))
+                return
+            step = max(1, WINDOW // row)
+            for r0 in range(rect.r0, rect.r1, step):
+                r1 = min(rect.r1, r0 + step)
+                window = torch.empty(r1 - r0, cols, dtype=dtype)
+                self._fill(handle, key, r0 * row, as_bytes(window))
+                out[r0 - rect.r0 : r1 - rect.r0].copy_(window[:, rect.c0 : rect.c1])
+        finally:
+            os.close(handle)
+
+    def _fill(self, handle: int, key: str, top: int, into: memoryview) -> None:
+        """Read bytes from `top` of a tensor, verifying the chunks that they touch."""
+        base, bottom = self._start + self._offsets[key], top + len(into)
+        if self._crc32 is None:
+            self._get(handle, base + top, into)
+            return
+        size, crc32 = self.specs[key].nbytes, self._crc32[key]
+        if len(crc32) != -(-size // CHUNK):
+            raise ValueError(f"{self.path}: tensor {key} of {size} bytes has {len(crc32)} checksums")
+        for chunk in range(top // CHUNK, -(-bottom // CHUNK)):
+            first, last = chunk * CHUNK, min(size, chunk * CHUNK + CHUNK)
+            lo, hi = max(first, top), min(last, bottom)
+            part = into[lo - top : hi - top]
+            if (key, chunk) in self._verified:
+                self._get(handle, base + lo, part)
+                continue
+            whole = part if (lo, hi) == (first, last) else memoryview(bytearray(last - first))
+            self._get(handle, base + first, whole)
+            if zlib.crc32(whole) != crc32[chunk]:
+                raise ValueError(f"{self.path}: tensor {key} is corrupt (checksum of its 4 MiB chunk {chunk})")
+            self._verified.add((key, chunk))
+            if whole is not part:
+                part[:] = whole[lo - first : hi - first]
+
+    def _get(self, handle: int, at: int, into: memoryview) -> None:
+        while into:
+            count = os.preadv(handle, [into], at)
+            if not count:
+                raise ValueError(f"{self.path} ends at byte {at}; it has been truncated")
+            into, at = into[count:], at + count
