@@ -20,7 +20,7 @@ from torch import Tensor
 from megallama.checkpoint.store import FileRecord, Store, Stored, write_manifest, write_rectangles
 from megallama.checkpoint.tensors import sync
 from megallama.config import ModelConfig
-from megallama.model.canonical import canonical_shapes
+from megallama.model.canonical import TRAINING_ONLY, canonical_shapes
 from megallama.parallel.collectives import all_reduce
 from megallama.parallel.pieces import Piece, Slot
 from megallama.runtime.mesh import Mesh
@@ -64,6 +64,11 @@ def _remove(folder: Path) -> None:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def manifest_model(model: ModelConfig) -> dict[str, Any]:
+    """The shape as a manifest has it: what it is, not which preset it came from."""
+    return {key: value for key, value in vars(model).items() if key != "preset"}
 
 
 class HostCopy:
@@ -164,7 +169,8 @@ class Checkpointer:
             try:
                 if faults := [found for found in records if isinstance(found, str)]:
                     raise OSError("; ".join(faults))
-                write_manifest(folder, records, self.shapes, {"step": step, "model": _identity(self.model), **meta})
+                meta = {"step": step, "model": manifest_model(self.model), **meta}
+                write_manifest(folder, records, self.shapes, meta)
                 _remove(final)  # a damaged one of a course that was given up
                 folder.rename(final)
                 sync(self.root)
@@ -284,9 +290,11 @@ class Checkpointer:
 
     def _require_model(self, store: Store) -> None:
         """Shapes alone do not tell models apart: heads, rotary base and epsilon leave them as they are."""
-        theirs, ours = store.manifest.get("model", {}), _identity(self.model)
+        theirs = store.manifest["model"]
         wrong = [
-            f"{key} is {theirs.get(key)} there, {value} here" for key, value in ours.items() if theirs.get(key) != value
+            f"{key} is {theirs.get(key)} there, {value} here"
+            for key, value in manifest_model(self.model).items()
+            if key not in TRAINING_ONLY and theirs.get(key) != value
         ]
         if wrong:
             raise ValueError(
@@ -306,9 +314,3 @@ class Checkpointer:
         except (ValueError, OSError) as error:
             return str(error)
         return ""
-
-
-def _identity(model: ModelConfig) -> dict[str, Any]:
-    """What two runs must share to be of one model."""
-    free = {"preset", "initializer_range", "max_position_embeddings"}
-    return {key: value for key, value in vars(model).items() if key not in free}

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,16 +106,20 @@ def _signature(manifest: dict[str, Any]) -> int:
 class Store:
     """A checkpoint opened for reading.
 
+    Args:
+        tell: told of each false word in the manifest, which is left out; without it, the first one is raised.
+
     Attributes:
         manifest: its JSON: step, consumed_samples, model, ….
         shapes: canonical name -> shape.
+        files: file -> key -> the rectangle that lies there.
 
     Raises:
         ValueError: no manifest, a damaged one, another format or version, a file outside the folder, a rectangle
             outside its tensor, or elements that are missing or stored twice.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tell: Callable[[str], None] | None = None):
         path = folder / MANIFEST
         try:
             self.manifest = json.loads(path.read_text())
@@ -127,16 +131,36 @@ class Store:
         if self.manifest.get("crc32") != _signature(self.manifest):
             raise ValueError(f"{path} is corrupt (its checksum)")
         self.folder = folder
-        self._files: dict[str, TensorFile] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.files: dict[str, dict[str, Entry]] = {}
+        self._opened: dict[str, TensorFile] = {}
         self._index: dict[str, Index[tuple[str, str]]] = {}
+        for fault in self._take():
+            if tell is None:
+                raise ValueError(f"{path} is damaged: {fault}")
+            tell(fault)
+
+    def _take(self) -> Iterator[str]:
+        """Take over what the manifest says; what is wrong with it."""
         try:
             self._check_fields()
             self.shapes = {name: _shape(name, shape) for name, shape in self.manifest["shapes"].items()}
-            for file, record in self.manifest["files"].items():
-                self._add(file, record["size"], record["tensors"])
-            self._check_cover()
         except MALFORMED as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            yield str(error)
+            return
+        for file, record in self.manifest["files"].items():
+            try:
+                tensors = _tensors(file, record)
+            except MALFORMED as error:
+                yield f"{file}: {error}"
+                continue
+            self.files[file] = {}
+            for key, words in tensors.items():
+                try:
+                    self._add(file, key, *words)
+                except MALFORMED as error:
+                    yield f"{key} in {file}: {error}"
+        yield from self._cover_faults()
 
     def _check_fields(self) -> None:
         for key, kind in FIELDS.items():
@@ -144,34 +168,33 @@ class Store:
             if type(value) is not kind or (type(value) is int and value < 0):
                 raise ValueError(f"{key} is {value!r}; it must be of type {kind.__name__}, and not negative")
 
-    def _add(self, file: str, size: int, tensors: dict[str, list]) -> None:
-        if os.path.basename(file) != file:
-            raise ValueError(f"file {file!r} lies outside the checkpoint")
-        for key, (state, name, *sides, crc32) in tensors.items():
-            rect = Rect(*sides)
-            if not (all(type(side) is int for side in rect) and 0 <= rect.r0 < rect.r1 and 0 <= rect.c0 < rect.c1):
-                raise ValueError(f"{key} in {file}: {sides} is no rectangle")
-            if name not in self.shapes:
-                raise ValueError(f"{key} in {file} has no shape")
-            rows, cols = matrix(self.shapes[name])
-            if rect.r1 > rows or rect.c1 > cols:
-                raise ValueError(f"{key} in {file}: {sides} lies outside of shape {self.shapes[name]}")
-            if type(size) is not int or type(crc32) is not list:
-                raise ValueError(f"{key} in {file}: size {size!r} or checksums {crc32!r}")
-            self._index.setdefault(state, Index()).add(name, rect, (file, key))
+    def _add(self, file: str, key: str, state: str, name: str, *rest: Any) -> None:
+        *sides, crc32 = rest
+        rect = Rect(*sides)
+        if not (all(type(side) is int for side in rect) and 0 <= rect.r0 < rect.r1 and 0 <= rect.c0 < rect.c1):
+            raise ValueError(f"{sides} is no rectangle")
+        if name not in self.shapes:
+            raise ValueError(f"{name} has no shape")
+        rows, cols = matrix(self.shapes[name])
+        if rect.r1 > rows or rect.c1 > cols:
+            raise ValueError(f"{sides} lies outside of shape {self.shapes[name]}")
+        if type(crc32) is not list:
+            raise ValueError(f"checksums {crc32!r}")
+        self._index.setdefault(state, Index()).add(name, rect, (file, key))
+        self.files[file][key] = Entry(state, name, rect, crc32)
 
-    def _check_cover(self) -> None:
-        """Every element of every state is stored once."""
+    def _cover_faults(self) -> Iterator[str]:
+        """Every element of every state must be stored once."""
         if "weight" not in self._index:
-            raise ValueError("it holds no weights")
+            yield "it holds no weights"
         for state, index in self._index.items():
             for name, shape in self.shapes.items():
                 rects = [rect for rect, _ in index.by_name.get(name, ())]
-                if twice := overlapping(rects):
-                    raise ValueError(f"{state} of {name} is stored twice: {tuple(twice[0])}, {tuple(twice[1])}")
                 missing = math.prod(shape) - sum(rect.area for rect in rects)
-                if missing:
-                    raise ValueError(f"{state} of {name}: {missing} of {math.prod(shape)} elements are missing")
+                if twice := overlapping(rects):
+                    yield f"{state} of {name} is stored twice: {tuple(twice[0])}, {tuple(twice[1])}"
+                elif missing:
+                    yield f"{state} of {name}: {missing} of {math.prod(shape)} elements are missing"
 
     @property
     def states(self) -> list[str]:
@@ -181,7 +204,7 @@ class Store:
     def dtype(self, state: str, name: str) -> torch.dtype:
         """What a tensor's state is stored as."""
         _, (file, key) = self._rectangles(state).by_name[name][0]
-        return self._open(file).specs[key].dtype
+        return self.open(file).specs[key].dtype
 
     def read(self, state: str, name: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of a tensor's `state` to `out` (height, width), verified.
@@ -190,7 +213,7 @@ class Store:
             ValueError: bytes are missing or corrupt; the message names file and tensor.
         """
         for overlap, stored, (file, key) in self._rectangles(state).cover(name, rect):
-            source = self._open(file)
+            source = self.open(file)
             if source.specs.get(key, Spec(torch.uint8, ())).shape != (stored.height, stored.width):
                 raise ValueError(f"{source.path}: tensor {key} is missing, or its shape is not {tuple(stored)}'s")
             place = overlap.shift(-rect.r0, -rect.c0)
@@ -202,15 +225,29 @@ class Store:
             raise ValueError(f"{self.folder} holds no {state}: it has {', '.join(self.states)}")
         return self._index[state]
 
-    def _open(self, file: str) -> TensorFile:
-        if file not in self._files:
-            path, record = self.folder / file, self.manifest["files"][file]
+    def open(self, file: str) -> TensorFile:
+        """One of its files.
+
+        Raises:
+            ValueError: it is missing, of another size than the manifest says, or its header is corrupt.
+        """
+        if file not in self._opened:
+            path, expected = self.folder / file, self.manifest["files"][file]["size"]
             size = path.stat().st_size if path.is_file() else -1
-            if size != record["size"]:
+            if size != expected:
                 found = "missing" if size < 0 else f"{size} bytes"
-                raise ValueError(f"{path}: {found}, the manifest says {record['size']} bytes")
-            self._files[file] = TensorFile(path, {key: entry[-1] for key, entry in record["tensors"].items()})
-        return self._files[file]
+                raise ValueError(f"{path}: {found}, the manifest says {expected} bytes")
+            self._opened[file] = TensorFile(path, {key: entry.crc32 for key, entry in self.files[file].items()})
+        return self._opened[file]
+
+
+def _tensors(file: str, record: dict[str, Any]) -> dict[str, list]:
+    """What the manifest says of the tensors in a file."""
+    if os.path.basename(file) != file:
+        raise ValueError("it lies outside the checkpoint")
+    if type(record["size"]) is not int or type(record["tensors"]) is not dict:
+        raise ValueError(f"size {record['size']!r} and {type(record['tensors']).__name__} of tensors")
+    return record["tensors"]
 
 
 def _shape(name: str, sides: list[int]) -> tuple[int, ...]:

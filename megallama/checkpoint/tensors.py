@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -248,15 +248,38 @@ class TensorFile:
         finally:
             os.close(handle)
 
+    def chunks(self, key: str) -> Iterator[tuple[Tensor, bool]]:
+        """Each chunk of a tensor as 1-D values, and whether its checksum holds. One memory: the next takes its place.
+
+        Raises:
+            ValueError: the tensor has another number of checksums, or the file ends inside it.
+        """
+        dtype, size, crc32 = self.specs[key].dtype, self.specs[key].nbytes, self._checksums(key)
+        memory = torch.empty(min(CHUNK, size) // dtype.itemsize, dtype=dtype)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            for first, expected in zip(range(0, size, CHUNK), crc32, strict=True):
+                values = memory[: (min(size, first + CHUNK) - first) // dtype.itemsize]
+                data = as_bytes(values)
+                self._get(handle, self._start + self._offsets[key] + first, data)
+                yield values, zlib.crc32(data) == expected
+        finally:
+            os.close(handle)
+
+    def _checksums(self, key: str) -> list[int]:
+        assert self._crc32 is not None, f"{self.path} was opened without checksums"
+        size, crc32 = self.specs[key].nbytes, self._crc32[key]
+        if len(crc32) != -(-size // CHUNK):
+            raise ValueError(f"{self.path}: tensor {key} of {size} bytes has {len(crc32)} checksums")
+        return crc32
+
     def _fill(self, handle: int, key: str, top: int, into: memoryview) -> None:
         """Read bytes from `top` of a tensor, verifying the chunks that they touch."""
         base, bottom = self._start + self._offsets[key], top + len(into)
         if self._crc32 is None:
             self._get(handle, base + top, into)
             return
-        size, crc32 = self.specs[key].nbytes, self._crc32[key]
-        if len(crc32) != -(-size // CHUNK):
-            raise ValueError(f"{self.path}: tensor {key} of {size} bytes has {len(crc32)} checksums")
+        size, crc32 = self.specs[key].nbytes, self._checksums(key)
         for chunk in range(top // CHUNK, -(-bottom // CHUNK)):
             first, last = chunk * CHUNK, min(size, chunk * CHUNK + CHUNK)
             lo, hi = max(first, top), min(last, bottom)

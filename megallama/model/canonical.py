@@ -8,6 +8,9 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
+TRAINING_ONLY = ("preset", "initializer_range", "max_position_embeddings")
+"""Keys of ModelConfig that do not change what given weights compute."""
+
 
 def block_name(layer: int) -> str:
     """Prefix of the tensors of one transformer block."""

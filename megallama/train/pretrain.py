@@ -73,7 +73,7 @@ def pretrain(trainer: Trainer, task: Task) -> None:
             progress.note(line)
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
         if keep.export_hf and first and trainer.done == config.train.steps:
-            last, folder = StoreSource(checkpointer.folder(trainer.done), config.model), Path(keep.export_hf)
+            last, folder = StoreSource(checkpointer.folder(trainer.done)), Path(keep.export_hf)
             tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
             write_hf(last, folder, torch.bfloat16, tokenizer=tokenizer)
             progress.note(f"HF export in {folder}")

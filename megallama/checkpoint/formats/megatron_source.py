@@ -222,7 +222,7 @@ def _vocabulary(
     """The true vocabulary size: ours or Megatron's word for it, or the user's."""
     # A NullTokenizer's vocab_size lacks its end-of-document token.
     megatrons = settings.get("vocab_size") if settings.get("tokenizer_type") != "NullTokenizer" else None
-    size = given or settings.get("true_vocab_size") or megatrons
+    size = next((n for n in (given, settings.get("true_vocab_size"), megatrons) if n is not None), None)
     if size is None:
         note(
             f"{path} does not say its true vocabulary size; all {padded} rows are kept (--vocab-size cuts the padding)"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.checkpointer import checkpoint_folders
+from megallama.checkpoint.checkpointer import checkpoint_folders, manifest_model
 from megallama.checkpoint.formats.placement import new_folder
-from megallama.checkpoint.formats.source import Source, checked_model, refuse_layers, require_model
+from megallama.checkpoint.formats.source import Source, checked_model, refuse_layers
 from megallama.checkpoint.formats.tokenizer_files import copy_along
 from megallama.checkpoint.store import MANIFEST, Store, Stored, write_manifest, write_rectangles
 from megallama.config import ModelConfig
@@ -27,13 +27,12 @@ class StoreSource:
 
     Args:
         folder: a checkpoint, or a run or its checkpoints folder: then the newest one that opens.
-        model: the run's own, where it is known; a manifest leaves out what does not change the weights' meaning.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or it holds another model.
+        ValueError: there is no such checkpoint, or it is damaged.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig | None = None):
+    def __init__(self, folder: Path):
         self._store = _open(Path(folder))
         self.folder = self._store.folder
         self.model = _model(self._store)
@@ -42,9 +41,6 @@ class StoreSource:
             here, there = self.shapes.get(name), self._store.shapes.get(name)
             if here != there:
                 raise ValueError(f"{self.folder}: {name} has shape {there}, but its model section makes it {here}")
-        if model is not None:
-            require_model(self, model)
-            self.model = model
         self.dtypes = {name: self._store.dtype(WEIGHT, name) for name in self.shapes}
 
     def read(self, name: str, rect: Rect, out: Tensor) -> None:
@@ -94,7 +90,7 @@ def write_store(
         ValueError: the source is damaged, or the folder holds something.
     """
     tp, pp = layout
-    model = {key: value for key, value in vars(source.model).items() if key != "preset"}
+    model = manifest_model(source.model)
     meta: dict[str, Any] = {"step": 0, "consumed_samples": 0, "updates": 0, "model": model, "fingerprints": {}}
     names = list(source.shapes)
     each = -(-len(names) // pp)

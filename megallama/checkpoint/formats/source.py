@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from megallama.config import ModelConfig
+from megallama.model.canonical import TRAINING_ONLY
 from megallama.parallel.pieces import Rect, matrix
-
-TRAINING_ONLY = {"preset", "initializer_range", "max_position_embeddings"}
-"""Keys of ModelConfig that do not change what given weights compute."""
 
 
 class Source(Protocol):
