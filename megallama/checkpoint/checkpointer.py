@@ -21,7 +21,6 @@ from megallama.checkpoint.store import FileRecord, Store, Stored, write_manifest
 from megallama.checkpoint.tensors import sync
 from megallama.config import ModelConfig
 from megallama.model.canonical import TRAINING_ONLY, canonical_shapes
-from megallama.parallel.collectives import all_reduce
 from megallama.parallel.pieces import Piece, Slot
 from megallama.runtime.mesh import Mesh
 
@@ -113,6 +112,7 @@ class Checkpointer:
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._failures: dict[int, str] = {}
+        self._valid: Path | None = None  # newest one known to be: never removed to make room
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -143,8 +143,7 @@ class Checkpointer:
 
     def failed(self) -> dict[int, str]:
         """Step -> why it has no checkpoint; each failure is told once."""
-        failures, self._failures = self._failures, {}
-        return failures
+        return {step: self._failures.pop(step) for step in list(self._failures)}
 
     def _try_write(self, step: int, parts: list[Stored], meta: dict[str, Any]) -> None:
         try:
@@ -153,11 +152,12 @@ class Checkpointer:
             self._failures[step] = str(error)
 
     def _write(self, step: int, parts: list[Stored], meta: dict[str, Any]) -> None:
-        """Prepare, write, commit: each phase begins when every rank has ended the one before."""
+        """Prepare, write, commit: each phase begins when every rank has ended the one before. Rank 0 raises what went
+        wrong anywhere."""
         rank, final = self.mesh.world.rank, self.folder(step)
         folder = final.with_name(final.name + UNFINISHED)
         sizes = self._gather(sum(part.rect.area * part.dtype.itemsize for part in parts))
-        if self._agree(lambda: self._prepare(folder, sum(sizes))):
+        if self._agree(lambda: self._prepare(step, folder, sum(sizes))):
             return
         record: FileRecord | str
         try:
@@ -177,17 +177,21 @@ class Checkpointer:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
+            self._valid = final
             self._prune(step)
 
-    def _prepare(self, folder: Path, size: int) -> None:
+    def _prepare(self, step: int, folder: Path, size: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        sync(self.root.parent)
+        if size > shutil.disk_usage(folder).free:
+            self._prune(step)
         free = shutil.disk_usage(folder).free
         if size > free:
             folder.rmdir()
             raise OSError(
-                f"{folder.parent} has {free / 2**20:,.1f} MiB free, a checkpoint needs {size / 2**20:,.1f} MiB; "
-                f"free some space, or lower checkpoint.keep={self.keep} (0 keeps all)"
+                f"{self.root} has {free / 2**20:,.1f} MiB free, a checkpoint needs {size / 2**20:,.1f} MiB; free some "
+                f"space, or remove old checkpoints (checkpoint.keep={self.keep})"
             )
 
     def _agree(self, act: Callable[[], None]) -> bool:
@@ -218,8 +222,9 @@ class Checkpointer:
         counted among those to keep, they would push out the valid ones."""
         past = [folder for folder in checkpoint_folders(self.root) if _step(folder) <= step]
         for old in past[self.keep :] if self.keep else []:
-            with suppress(OSError):  # somebody looks at it, or it is not ours; the next save tries again
-                _remove(old)
+            if old != self._valid:
+                with suppress(OSError):  # somebody looks at it, or it is not ours
+                    _remove(old)
 
     def sweep(self) -> list[str]:
         """Remove what a killed run left half-written (a line for each) or half-removed. For the owner of the folder."""
@@ -231,11 +236,11 @@ class Checkpointer:
                     lines.append(f"skipped checkpoint {path.stem}: its save was cut off; {path.name} is removed")
         return lines
 
-    def load_newest(self, slots: Callable[[], Slots], note: Callable[[str], None]) -> Store | None:
+    def load_newest(self, slots: Callable[[Store], Slots], note: Callable[[str], None]) -> Store | None:
         """Read the newest checkpoint that is valid for every rank; None where `root` has none.
 
         Args:
-            slots: the rectangles to fill, called anew for each try.
+            slots: the rectangles to fill from a store, called anew for each try.
             note: told which checkpoints were skipped and why.
 
         Raises:
@@ -243,14 +248,15 @@ class Checkpointer:
         """
         faults = []
         for folder in self.folders():
-            store, fault = self._try(folder, slots())
+            store, fault = self._try(folder, slots)
             if store is not None:
+                self._valid = folder
                 return store
             faults.append(f"{folder.name}: {fault}")
             note(f"skipped checkpoint {folder.name}: {fault}")
         if faults:
             raise ValueError(
-                f"no checkpoint under {self.root} is valid ({'; '.join(faults)}); "
+                f"no checkpoint under {self.root} is valid ({'; '.join(faults)}); if the files cannot be mended, "
                 f"remove them, or set another output_dir, to start anew"
             )
         return None
@@ -262,18 +268,18 @@ class Checkpointer:
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def load(self, folder: Path, slots: Callable[[], Slots]) -> Store:
+    def load(self, folder: Path, slots: Callable[[Store], Slots]) -> Store:
         """Read one checkpoint.
 
         Raises:
             ValueError: it is not valid, or of another model.
         """
-        store, fault = self._try(folder, slots())
+        store, fault = self._try(folder, slots)
         if store is None:
             raise ValueError(f"checkpoint {folder} cannot be loaded: {fault}")
         return store
 
-    def _try(self, folder: Path, slots: Slots) -> tuple[Store | None, str]:
+    def _try(self, folder: Path, slots: Callable[[Store], Slots]) -> tuple[Store | None, str]:
         """Read and verify all rectangles, then agree with all ranks on success."""
         store, fault = None, ""
         try:
@@ -282,11 +288,17 @@ class Checkpointer:
             fault = str(error)
         if store is not None:
             self._require_model(store)
-            fault = self._read(store, slots)
-        bad = torch.tensor([float(bool(fault))], device=self.mesh.device)
-        if all_reduce(bad, self.mesh.world).item():
+            fault = self._read(store, slots(store))
+        if self.meet(bool(fault)):
             return None, fault or "another rank could not read it"
         return store, ""
+
+    def meet(self, fault: bool = False) -> bool:
+        """Wait for all ranks, whose disks may be unequally slow; whether one of them has a fault."""
+        bad = torch.tensor([fault], dtype=torch.int64)
+        if self.group is not None:
+            dist.all_reduce(bad, group=self.group)
+        return bool(bad)
 
     def _require_model(self, store: Store) -> None:
         """Shapes alone do not tell models apart: heads, rotary base and epsilon leave them as they are."""

@@ -26,6 +26,9 @@ from megallama.parallel.pieces import Index, Rect, matrix, overlapping
 
 FORMAT, VERSION = "megallama", 1
 MANIFEST = "manifest.json"
+SEAL = ', "crc32": '
+"""Before the manifest's own checksum, its last words."""
+
 FIELDS = {
     "step": int,
     "consumed_samples": int,
@@ -93,14 +96,21 @@ def write_manifest(
     }
     manifest = {"format": FORMAT, "version": VERSION, **meta, "shapes": shapes, "files": files}
     path = folder / MANIFEST
-    path.write_text(json.dumps({**manifest, "crc32": _signature(manifest)}))
+    path.write_text(sealed(manifest))
     sync(path)
     sync(folder)
 
 
-def _signature(manifest: dict[str, Any]) -> int:
-    """CRC32 of a manifest without its own "crc32". JSON that was read is written alike again, so it can be checked."""
-    return zlib.crc32(json.dumps({key: value for key, value in manifest.items() if key != "crc32"}).encode())
+def sealed(manifest: dict[str, Any]) -> str:
+    """A manifest as JSON; its last key is the CRC32 of it without that key."""
+    text = json.dumps(manifest)
+    return f"{text[:-1]}{SEAL}{zlib.crc32(text.encode())}}}"
+
+
+def _is_sealed(text: str) -> bool:
+    """Whether a manifest is as it was written."""
+    body, _, seal = text.rpartition(SEAL)
+    return seal == f"{zlib.crc32((body + '}').encode())}}}"
 
 
 class Store:
@@ -122,13 +132,14 @@ class Store:
     def __init__(self, folder: Path, tell: Callable[[str], None] | None = None):
         path = folder / MANIFEST
         try:
-            self.manifest = json.loads(path.read_text())
+            text = path.read_text()
+            self.manifest = json.loads(text)
             found = self.manifest.get("format"), self.manifest.get("version")
         except (OSError, *MALFORMED) as error:
             raise ValueError(f"{folder} is not a checkpoint: {error}") from error
         if found != (FORMAT, VERSION):
             raise ValueError(f"{path}: format {found}, but this version reads {(FORMAT, VERSION)}")
-        if self.manifest.get("crc32") != _signature(self.manifest):
+        if not _is_sealed(text):
             raise ValueError(f"{path} is corrupt (its checksum)")
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}

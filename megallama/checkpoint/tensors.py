@@ -144,9 +144,11 @@ class TensorWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._flusher.stop()
+            failure = self._flusher.stop()
             if kind is None:
                 assert not self._left, f"{self.path}: {sorted(self._left)} were announced, but not written"
+                if failure is not None:
+                    raise failure
                 os.fsync(self._handle)
         finally:
             os.close(self._handle)
@@ -157,6 +159,7 @@ class Flusher:
 
     def __init__(self, handle: int):
         self._handle, self._over = handle, threading.Event()
+        self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
         self._thread.start()
 
@@ -164,12 +167,28 @@ class Flusher:
         while not self._over.wait(0.05):
             try:
                 os.fsync(self._handle)
-            except OSError:
-                return  # the last fsync tells of it
+            except OSError as error:  # Linux tells of bytes that were lost once: a later fsync succeeds
+                self._failure = error
+                return
 
-    def stop(self) -> None:
+    def stop(self) -> OSError | None:
+        """End; why bytes did not reach the disk."""
         self._over.set()
         self._thread.join()
+        return self._failure
+
+
+def read_at(path: Path, handle: int, at: int, into: memoryview) -> None:
+    """Fill `into` with the bytes from `at` of the file that `handle` has opened.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    while into:
+        count = os.preadv(handle, [into], at)
+        if not count:
+            raise ValueError(f"{path} ends at byte {at}; it has been truncated")
+        into, at = into[count:], at + count
 
 
 class TensorFile:
@@ -210,16 +229,27 @@ class TensorFile:
             self.metadata = dict(header.pop("__metadata__", {}))
             for key, info in header.items():
                 self._add(key, DTYPES[info["dtype"]], info["shape"], *info["data_offsets"])
+            self._check_places()
         except MALFORMED as error:
             raise ValueError(f"{path}: the safetensors header is corrupt: {error!r}") from error
 
     def _add(self, key: str, dtype: torch.dtype, shape: list[int], lo: int, hi: int) -> None:
         spec = Spec(dtype, tuple(shape))
-        if not all(type(side) is int and side >= 0 for side in shape) or not 0 <= lo <= hi <= self.size - self._start:
+        if not all(type(number) is int and number >= 0 for number in (*shape, lo, hi)):
             raise ValueError(f"{key} of shape {shape} at {lo}:{hi}")
         if spec.nbytes != hi - lo:
             raise ValueError(f"{key} of shape {shape} needs {spec.nbytes} bytes, but has {hi - lo}")
         self.specs[key], self._offsets[key] = spec, lo
+
+    def _check_places(self) -> None:
+        """The tensors lie one after another, to the end of the file."""
+        end = 0
+        for key, lo in sorted(self._offsets.items(), key=lambda item: (item[1], self.specs[item[0]].nbytes)):
+            if lo != end:
+                raise ValueError(f"{key} lies at byte {lo}, the tensor before it ends at {end}")
+            end += self.specs[key].nbytes
+        if end != self.size - self._start:
+            raise ValueError(f"tensors end at byte {end}, the file at {self.size - self._start}")
 
     def read(self, key: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of a tensor to `out` (height, width), cast to its dtype.
@@ -261,7 +291,7 @@ class TensorFile:
             for first, expected in zip(range(0, size, CHUNK), crc32, strict=True):
                 values = memory[: (min(size, first + CHUNK) - first) // dtype.itemsize]
                 data = as_bytes(values)
-                self._get(handle, self._start + self._offsets[key] + first, data)
+                read_at(self.path, handle, self._start + self._offsets[key] + first, data)
                 yield values, zlib.crc32(data) == expected
         finally:
             os.close(handle)
@@ -277,7 +307,7 @@ class TensorFile:
         """Read bytes from `top` of a tensor, verifying the chunks that they touch."""
         base, bottom = self._start + self._offsets[key], top + len(into)
         if self._crc32 is None:
-            self._get(handle, base + top, into)
+            read_at(self.path, handle, base + top, into)
             return
         size, crc32 = self.specs[key].nbytes, self._checksums(key)
         for chunk in range(top // CHUNK, -(-bottom // CHUNK)):
@@ -285,19 +315,12 @@ class TensorFile:
             lo, hi = max(first, top), min(last, bottom)
             part = into[lo - top : hi - top]
             if (key, chunk) in self._verified:
-                self._get(handle, base + lo, part)
+                read_at(self.path, handle, base + lo, part)
                 continue
             whole = part if (lo, hi) == (first, last) else memoryview(bytearray(last - first))
-            self._get(handle, base + first, whole)
+            read_at(self.path, handle, base + first, whole)
             if zlib.crc32(whole) != crc32[chunk]:
                 raise ValueError(f"{self.path}: tensor {key} is corrupt (checksum of its 4 MiB chunk {chunk})")
             self._verified.add((key, chunk))
             if whole is not part:
                 part[:] = whole[lo - first : hi - first]
-
-    def _get(self, handle: int, at: int, into: memoryview) -> None:
-        while into:
-            count = os.preadv(handle, [into], at)
-            if not count:
-                raise ValueError(f"{self.path} ends at byte {at}; it has been truncated")
-            into, at = into[count:], at + count

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megallama.checkpoint import Checkpointer
+from megallama.checkpoint import Checkpointer, Store
 from megallama.config import Config
 from megallama.data.batch import IGNORE, Batch
 from megallama.data.tokenizer import load_tokenizer
@@ -70,7 +70,7 @@ def run(config: Config) -> int:
         stages = build_stages(config, mesh)
         checkpoints = Checkpointer(Path(config.output_dir) / "checkpoints", mesh, config.model)
 
-        def slots() -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+        def slots(_: Store) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
             return ((piece, {"weight": view}) for stage in stages.values() for piece, view in views(stage))
 
         skipped: list[str] = []

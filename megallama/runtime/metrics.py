@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -37,24 +38,47 @@ class Metrics:
             out.flush()
             os.fsync(out.fileno())
         fresh.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._full = False
+        self._board: SummaryWriter | None = SummaryWriter(str(path.parent / "tensorboard"), purge_step=resume_step + 1)
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
 
-    def write(self, record: Mapping[str, Value]) -> None:
-        """Add one step: `step` and whatever was measured. JSON has no NaN and no infinity: they are written as null."""
+    def write(self, record: Mapping[str, Value]) -> str | None:
+        """Add one step: `step` and whatever was measured. JSON has no NaN and no infinity: they are written as null.
+
+        A full disk stops nothing: records wait for space. Returns a line about that when it begins and when it ends.
+        """
         line = json.dumps({key: None if _strange(value) else value for key, value in record.items()}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        for key, value in record.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, record["step"])
+        self._unwritten += f"{line}\n".encode()
+        was, self._full = self._full, False
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            self._full = True
+            fault = f"{FILE} cannot be written, records wait in memory: {error.strerror}"
+        self._to_board(record)
+        if was == self._full:
+            return None
+        return fault if self._full else f"{FILE} is written again, nothing is missing in it"
+
+    def _to_board(self, record: Mapping[str, Value]) -> None:
+        """TensorBoard's writer does not recover from a full disk: it is left, until the next start."""
+        try:
+            for key, value in record.items():
+                if self._board is not None and key != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(key, value, record["step"])
+        except OSError:
+            self._board = None
 
 
 def _strange(value: Value) -> bool:

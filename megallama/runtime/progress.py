@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -122,7 +123,13 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own: above the bar, or between the plain lines."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        """A run outlives the disk or the reader of its log; what no terminal can show is shown as its number."""
+        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        with suppress(OSError):
+            self._console.print(Text(plain), soft_wrap=True)
 
     def update(self, step: int, record: Mapping[str, float | int | str | None]) -> None:
         """Step `step` is done and measured `record`."""
@@ -130,7 +137,7 @@ class Progress:
         self._times.append(now)
         if self._live is None:
             if step % self._every == 0 or step in (self._start + 1, self._total):
-                self._console.print(Text(self._plain(step, record, now)), soft_wrap=True)
+                self._say(self._plain(step, record, now))
         elif now - self._drawn >= FRAME or step >= self._total:
             self._drawn = now
             self._live.update(self._picture(step, record, now), refresh=True)

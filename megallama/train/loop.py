@@ -112,10 +112,14 @@ class Loop:
                     self.progress.note(f"stopped by {stop.name or 'a signal on another rank'} after step {step}")
                     break
                 start = time.perf_counter()
-            self.checkpointer.wait()  # a second signal must not cut the last save off
+            self.checkpointer.wait()  # a second SIGTERM must not cut the last save off; a second Ctrl-C asks for that
         if self._tell_failed_saves():
-            raise OSError("the last checkpoint could not be written; the run can go on from the one before")
-        self.progress.note(f"checkpoint of step {self.trainer.done} in {self.checkpointer.root}")
+            raise ValueError(
+                f"the last checkpoint, of step {self.trainer.done}, could not be written; once it can be, the same "
+                f"command goes on from the one before"
+            )
+        if self.checkpointer.folder(self.trainer.done).is_dir():
+            self.progress.note(f"checkpoint of step {self.trainer.done} in {self.checkpointer.root}")
 
     def _tell_failed_saves(self) -> bool:
         """Note saves that failed; whether the newest step's is among them. Only rank 0 knows of any."""
@@ -156,7 +160,9 @@ class Loop:
         for event in events:
             self.progress.note(f"step {step}: {event}")
         if self.metrics is not None:
-            self.metrics.write(record | ({"event": "; ".join(events)} if events else {}))
+            lost = self.metrics.write(record | ({"event": "; ".join(events)} if events else {}))
+            if lost:
+                self.progress.note(f"step {step}: {lost}")
         self.bad_steps = self.bad_steps + 1 if stats.skipped else 0
         if self.bad_steps >= self.config.train.max_bad_steps:
             self.checkpointer.wait()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megallama.checkpoint import Checkpointer, Store
+from megallama.checkpoint.checkpointer import Slots
 from megallama.checkpoint.formats import HFSource, StoreSource, require_model, write_hf
 from megallama.config import Config, dump
 from megallama.data import check_vocabulary, load_tokenizer, open_mixture
@@ -48,7 +49,8 @@ def run(config: Config) -> int:
 
     def where() -> str:
         trainer = trainers[0]
-        return f"stage {' and '.join(map(str, trainer.stages))}, step {trainer.done + 1}"
+        step = min(trainer.done + 1, config.train.steps)
+        return f"stage {' and '.join(map(str, trainer.stages))}, step {step}"
 
     with on_mesh(config, where) as mesh:
         task = pretraining_task(config, mesh)
@@ -60,23 +62,26 @@ def run(config: Config) -> int:
 
 def pretrain(trainer: Trainer, task: Task) -> None:
     """Resume if there is something to resume from, then train to the end."""
-    config, first = trainer.config, trainer.mesh.world.rank == 0
-    folder, keep = Path(config.output_dir), config.checkpoint
-    checkpointer = Checkpointer(folder / "checkpoints", trainer.mesh, config.model, keep.keep, keep.async_save)
+    config, mesh = trainer.config, trainer.mesh
+    folder, saves, first = Path(config.output_dir), config.checkpoint, mesh.world.rank == 0
+    checkpointer = Checkpointer(folder / "checkpoints", mesh, config.model, saves.keep, saves.async_save)
     notes: list[str] = []
     consumed = resume(trainer, checkpointer, task.fingerprints, notes.append)
     with ExitStack() as stack:
+        if mesh.world.size == 1:  # after an error, the folder is another run's only when the last save has ended
+            stack.callback(checkpointer.wait)
+        if first:
+            write_config(config)
         metrics = stack.enter_context(Metrics(folder, trainer.done)) if first else None
         progress = Progress(config.train.steps, trainer.done, config.log.interval) if first else Progress.silent()
         stack.enter_context(progress)
         for line in notes:
             progress.note(line)
         Loop(trainer, checkpointer, consumed, progress, metrics).run(task)
-        if keep.export_hf and first and trainer.done == config.train.steps:
-            last, folder = StoreSource(checkpointer.folder(trainer.done)), Path(keep.export_hf)
-            tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
-            write_hf(last, folder, torch.bfloat16, tokenizer=tokenizer)
-            progress.note(f"HF export in {folder}")
+        last = checkpointer.folder(trainer.done)
+        if saves.export_hf and first and trainer.done == config.train.steps and last.is_dir():
+            write_hf(StoreSource(last), Path(saves.export_hf), torch.bfloat16, tokenizer=tokenizer_of(config))
+            progress.note(f"HF export in {saves.export_hf}")
 
 
 def resume(
@@ -94,24 +99,31 @@ def resume(
     assert optimizer is not None, "pretraining trains"
     for line in checkpointer.sweep():
         note(line)
-    own, folder = checkpointer.folders(), Path(source)
-    back = folder.parent.resolve() == checkpointer.root.resolve()
-    if own and (source == "none" or (back and folder.name != own[0].name)):
+    own, named = checkpointer.folders(), None if source in ("auto", "none") or source.startswith(HF) else Path(source)
+    back = named is not None and named.parent.resolve() == checkpointer.root.resolve() and named.name
+    if own and (source == "none" or (back and back != own[0].name)):
         raise ValueError(
             f"checkpoint.load={source}, but {checkpointer.root} goes on to {own[0].name}, which a restart would go on "
             f"from; remove the later checkpoints, or set another output_dir"
         )
-    if own or source == "auto":
-        store = checkpointer.load_newest(optimizer.slots, note)
-    elif source == "none" or source.startswith(HF):
-        store = None
-    else:
-        store = checkpointer.load(folder, optimizer.slots if "exp_avg" in Store(folder).states else optimizer.weights)
+
+    def slots(store: Store) -> Slots:
+        """All states, or what a conversion has written: weights alone, with which a run starts."""
+        return optimizer.slots() if "exp_avg" in store.states else optimizer.weights()
+
+    store = None
+    if own:
+        store = checkpointer.load_newest(slots, note)
+    elif named is not None:
+        store = checkpointer.load(named, slots)
     if store is None:
         if source.startswith(HF):
             weights = HFSource(Path(source.removeprefix(HF)))
             require_model(weights, trainer.config.model)
-            optimizer.load_weights(weights.read)
+            for slot, states in optimizer.weights():
+                weights.read(slot.name, slot.rect, states["weight"])
+            checkpointer.meet()
+            optimizer.publish()
             note(f"starting from the weights of {weights.folder}")
         return 0
     manifest = store.manifest
@@ -152,22 +164,36 @@ def pretraining_task(config: Config, mesh: Mesh) -> Task:
 
 @contextmanager
 def run_folder(config: Config, mesh: Mesh) -> Iterator[None]:
-    """Make the run's folder, own it, and write its resolved configuration. Collective.
+    """Make the run's folder and own it. After an error in a world of several, whose other ranks may still be writing,
+    it is let go only by the process's end. Collective.
 
     Raises:
         ValueError: the folder cannot be written, or another run owns it.
     """
-    folder = Path(config.output_dir)
-    with ExitStack() as stack:
-        if mesh.world.rank == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(sole_owner(folder))
-                (folder / "config.yaml").write_text(dump(config))
-            except OSError as error:
-                raise ValueError(
-                    f"output_dir={folder} cannot be written ({error.strerror}); set output_dir to a folder of yours"
-                ) from error
-        if mesh.world.size > 1:
-            dist.barrier(mesh.world.group)
+    folder, owned = Path(config.output_dir), ExitStack()
+    if mesh.world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            owned.enter_context(sole_owner(folder))
+        except OSError as error:
+            raise ValueError(
+                f"output_dir={folder} cannot be written ({error.strerror}); set output_dir to a folder of yours"
+            ) from error
+    if mesh.world.size > 1:
+        dist.barrier(mesh.world.group)
         yield
+        owned.close()
+    else:
+        with owned:
+            yield
+
+
+def write_config(config: Config) -> None:
+    """The resolved configuration, into the run's folder: only once nothing of it has been refused."""
+    path = Path(config.output_dir) / "config.yaml"
+    path.with_suffix(".tmp").write_text(dump(config))
+    path.with_suffix(".tmp").replace(path)
+
+
+def tokenizer_of(config: Config) -> Path | None:
+    return Path(config.data.tokenizer) if config.data.tokenizer else None

@@ -104,8 +104,8 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest and sign it anew."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
-    manifest["crc32"] = stores._signature(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    del manifest["crc32"]
+    (folder / MANIFEST).write_text(stores.sealed(manifest))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

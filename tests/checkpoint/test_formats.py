@@ -156,8 +156,8 @@ class TestStore:
         path = tmp_path / "out" / "manifest.json"
         manifest = json.loads(path.read_text())
         manifest["model"] |= change
-        manifest["crc32"] = store._signature(manifest)
-        path.write_text(json.dumps(manifest))
+        del manifest["crc32"]
+        path.write_text(store.sealed(manifest))
         with pytest.raises(ValueError, match=message):
             StoreSource(tmp_path / "out")
 

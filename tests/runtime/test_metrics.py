@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,21 @@ def test_steps_are_on_disk_at_once(tmp_path):
         metrics.write({"step": 1, "loss": 2.5, "mfu": None})
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5, "mfu": None}]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_full_disk_loses_no_record(small_disk):
+    """They wait for space; a reader sees whole lines, and both turns are told once."""
+    with Metrics(small_disk) as metrics:
+        filler = small_disk / "filler"
+        filler.write_bytes(b"x" * shutil.disk_usage(small_disk).free)
+        told = [metrics.write({"step": step, "loss": 1.0, "note": "x" * 500}) for step in range(1, 40)]
+        begun = [line for line in told if line]
+        assert begun == ["metrics.jsonl cannot be written, records wait in memory: No space left on device"]
+        assert len(read_metrics(small_disk)) < 39
+        filler.unlink()
+        assert metrics.write({"step": 40}) == "metrics.jsonl is written again, nothing is missing in it"
+        assert metrics.write({"step": 41}) is None
+        assert [record["step"] for record in read_metrics(small_disk)] == list(range(1, 42))
 
 
 def test_what_json_cannot_say_is_null(tmp_path):

@@ -12,16 +12,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megallama import cli
-from megallama.checkpoint import checkpoint_folders
+from megallama.checkpoint import checkpoint_folders, checkpointer
 from megallama.config import load
 from megallama.data import IndexedWriter
 from megallama.data.ramp import BatchPlan
+from megallama.runtime.lock import sole_owner
 from megallama.runtime.metrics import read_metrics
+from megallama.train.loop import Loop
 
 VOCAB = 97
 CLOCK = {"step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}
@@ -154,27 +157,59 @@ def test_a_second_run_on_one_folder_is_refused(
 
 
 def test_a_full_disk_does_not_stop_a_run(
+    arguments: list[str], small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A real small file system with room for one checkpoint: step 1 has one, 2 is missed and said so, and at the end,
+    where the last one is missing, the run fails and can go on from the first."""
+    arguments += ["--output_dir", str(small_disk), "--checkpoint.interval", "1", "--checkpoint.keep", "0"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments, "--train.stop_after", "4"])
+    assert end.value.code == 1
+    output, error = capfd.readouterr()
+    for step in (2, 3, 4):
+        assert re.search(rf"no checkpoint of step {step}, the run goes on: .* MiB free, a checkpoint needs", output)
+    assert "ValueError: the last checkpoint, of step 4, could not be written; once it can be" in error
+    assert [record["step"] for record in read_metrics(small_disk)] == [1, 2, 3, 4]
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_refused_start_leaves_the_configuration(
     arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A real small file system with room for two checkpoints: steps 1 and 2 have one, 3 is missed and said so, and at
-    the end, where the last one is missing, the run fails and can go on from the second."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.main([*arguments, "--checkpoint.interval", "1", "--checkpoint.keep", "0", "--train.stop_after", "4"])
-        assert end.value.code == 1
-        output, error = capfd.readouterr()
-        assert re.search(r"no checkpoint of step 3, the run goes on: .* MiB free, a checkpoint needs", output)
-        assert re.search(r"no checkpoint of step 4, the run goes on", output)
-        assert "the last checkpoint could not be written; the run can go on from the one before" in error
-        assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4]
-        left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-        assert left == ["step_00000001", "step_00000002"]
-    finally:
-        subprocess.run(["umount", folder], check=True)
+    train(arguments, "--train.stop_after", "1")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--model.rope_theta", "5000"])
+    assert "rope_theta is 10000.0 there, 5000.0 here" in capfd.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_is_owned_until_the_last_save_has_ended(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in a step, while a save in the background still writes."""
+    run, free, write = tmp_path / "run", [], checkpointer.write_rectangles
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        try:
+            with sole_owner(run):
+                free.append(True)
+        except ValueError:
+            free.append(False)
+        return write(*args)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("a step fails")
+
+    monkeypatch.setattr(checkpointer, "write_rectangles", slow)
+    monkeypatch.setattr(Loop, "validate", fail)
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--checkpoint.interval", "1", "--train.valid_interval", "2", "--train.steps", "2"])
+    assert free == [False]
+    assert [folder.name for folder in checkpoint_folders(run / "checkpoints")] == ["step_00000001"]
+    with sole_owner(run):
+        pass
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
