@@ -15,6 +15,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -32,11 +33,18 @@ WINDOW = 32 << 20
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRITE = 2
+"""SYNC_FILE_RANGE_WRITE of <linux/fs.h>."""
+
 LONGEST_HEADER = 100 << 20
 """Bytes; the safetensors package's own bound."""
 
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading JSON of an unexpected structure raises."""
+
+
+SUMS = ThreadPoolExecutor(1, "crc32")
+"""Where checksums are worked out, while other bytes are on their way."""
 
 
 class Spec(NamedTuple):
@@ -124,13 +132,12 @@ class TensorWriter:
         spec = self.specs[key]
         assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{key}: {tensor.dtype} {tensor.shape} is not {spec}"
         data, at = as_bytes(tensor.cpu().contiguous()), self._start + self._offsets[key]
-        crc32 = []
-        for lo in range(0, len(data), CHUNK):
-            chunk = data[lo : lo + CHUNK]
-            self._put(chunk, at + lo)
-            crc32.append(zlib.crc32(chunk))
+        chunks = range(0, len(data), CHUNK)
+        crc32 = [SUMS.submit(zlib.crc32, data[lo : lo + CHUNK]) for lo in chunks]
+        for lo in chunks:
+            self._put(data[lo : lo + CHUNK], at + lo)
         self._left.remove(key)
-        return crc32
+        return [chunk.result() for chunk in crc32]
 
     def _put(self, data: memoryview, at: int) -> None:
         while data:
@@ -154,6 +161,16 @@ class TensorWriter:
             os.close(self._handle)
 
 
+def start_writing(handle: int) -> None:
+    """Have the kernel begin to write what it holds of a file: sync_file_range(2), which waits for nothing and asks for
+    no barrier, else fsync."""
+    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if start is None:
+        os.fsync(handle)
+    else:
+        start(handle, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(WRITE))
+
+
 class Flusher:
     """Sends a file to the disk while it is still being written, so that the disk is never idle."""
 
@@ -166,7 +183,7 @@ class Flusher:
     def _run(self) -> None:
         while not self._over.wait(0.05):
             try:
-                os.fsync(self._handle)
+                start_writing(self._handle)
             except OSError as error:  # Linux tells of bytes that were lost once: a later fsync succeeds
                 self._failure = error
                 return
@@ -310,6 +327,7 @@ class TensorFile:
             read_at(self.path, handle, base + top, into)
             return
         size, crc32 = self.specs[key].nbytes, self._checksums(key)
+        sums: dict[int, Future[int]] = {}
         for chunk in range(top // CHUNK, -(-bottom // CHUNK)):
             first, last = chunk * CHUNK, min(size, chunk * CHUNK + CHUNK)
             lo, hi = max(first, top), min(last, bottom)
@@ -319,8 +337,10 @@ class TensorFile:
                 continue
             whole = part if (lo, hi) == (first, last) else memoryview(bytearray(last - first))
             read_at(self.path, handle, base + first, whole)
-            if zlib.crc32(whole) != crc32[chunk]:
-                raise ValueError(f"{self.path}: tensor {key} is corrupt (checksum of its 4 MiB chunk {chunk})")
-            self._verified.add((key, chunk))
+            sums[chunk] = SUMS.submit(zlib.crc32, whole)
             if whole is not part:
                 part[:] = whole[lo - first : hi - first]
+        for chunk, found in sums.items():
+            if found.result() != crc32[chunk]:
+                raise ValueError(f"{self.path}: tensor {key} is corrupt (checksum of its 4 MiB chunk {chunk})")
+            self._verified.add((key, chunk))

@@ -168,15 +168,14 @@ def test_only_the_bytes_needed_are_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_bytes_that_the_disk_lost_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux tells of a failed write-back once, and here to the flush while the file is written; later ones succeed."""
+    """Linux tells of a failed write-back once; where the flush during writing hears of it, later ones succeed."""
     seen = threading.Event()
 
-    def fsync(handle: int) -> None:
-        if not seen.is_set():
-            seen.set()
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def lost(handle: int) -> None:
+        seen.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(tensors, "start_writing", lost)
     specs = {"a": tensors.Spec(torch.float32, (2, 3))}
     with pytest.raises(OSError, match="Input/output error"), tensors.TensorWriter(tmp_path / "f", specs) as writer:
         assert seen.wait(10)
