@@ -9,11 +9,14 @@ python tools/convert_checkpoint.py --from hf --to meta --tp 8 llama2-70b-hf llam
 SRC  megallama: a step_… folder, or a run, whose newest checkpoint is taken; hf: a folder with config.json and
      *.safetensors; meta: with params.json and consolidated.NN.pth; megatron, epfl (EPFL's Megatron-LLM): with
      latest_checkpointed_iteration.txt, in --ckpt-format torch.
-DST  a new or empty folder. It appears under its name when it is complete. A run starts from it with
-     checkpoint.load: DST (megallama) or checkpoint.load: hf:DST.
+DST  a new or empty folder. It appears under its name when it is complete; until then the work is beside it in
+     .DST.xxxxxxxx.tmp, which stays only if the process is killed, or something takes the name meanwhile. A run starts
+     from it with checkpoint.load: DST (megallama) or checkpoint.load: hf:DST.
 
 One tensor at a time is in memory, whatever the model's size. Every tensor is copied bit by bit unless --dtype says
-otherwise. Pickled files (.pth, .pt) are read with weights_only: no code in them is run.
+otherwise; one whose shards differ in precision becomes as wide as the widest. What stops a conversion: bytes that fail
+their checksum (HF's files have none), copies in SRC that differ, a value that DST's precision would make infinite.
+Pickled files (.pth, .pt) are read with weights_only: no code in them is run.
 """
 
 from __future__ import annotations
@@ -36,8 +39,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColum
 from megallama.checkpoint.formats.convert import SOURCES, WRITERS, Target, convert, sizes
 from megallama.checkpoint.formats.hf import SHARD_BYTES
 from megallama.checkpoint.formats.megatron import DIALECTS
+from megallama.checkpoint.formats.placement import unfinished
 from megallama.checkpoint.formats.source import Source
-from megallama.checkpoint.formats.tokenizer_files import tokenizer_in
+from megallama.checkpoint.formats.tokenizer_files import fitting_tokenizer, tokenizer_in
 from megallama.train.prove import BOUND, prove, refuse_too_big
 
 PLAIN_SECONDS = 10.0
@@ -105,12 +109,19 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def target_of(arguments: argparse.Namespace, folder: Path) -> Target:
-    """How DST is to be written; `folder` is where the weights of SRC lie, itself or below it."""
+def target_of(arguments: argparse.Namespace, source: Source) -> Target:
+    """How DST is to be written.
+
+    Raises:
+        ValueError: --tokenizer is none, or not the model's.
+    """
+    folder, given = source.folder, arguments.tokenizer  # the folder is SRC, or below it
     own = next((place for place in (folder, arguments.folder) if tokenizer_in(place)), folder)
-    tokenizer = arguments.tokenizer or tokenizer_in(own)
-    if tokenizer is not None and not tokenizer.exists():
-        raise ValueError(f"--tokenizer {tokenizer} does not exist")
+    if given is not None:
+        if given.is_dir() and tokenizer_in(given) is None:
+            raise ValueError(f"--tokenizer {given} holds neither tokenizer.json nor tokenizer.model")
+        fitting_tokenizer(given, source.model)
+    tokenizer = given or tokenizer_in(own)
     return Target(
         dtype=DTYPES[arguments.dtype],
         tp=arguments.tp,
@@ -164,7 +175,7 @@ def proof(before: Source, arguments: argparse.Namespace) -> str:
         ValueError: the logits differ.
     """
     form = "epfl" if arguments.megatron_order == "epfl" else arguments.target
-    after = SOURCES[form](arguments.destination, None, print)
+    after = SOURCES[form](arguments.destination, None, note)
     found = prove(before, after, DTYPES[arguments.dtype])
     text = (
         f"largest logit difference {found.difference:.2e}, largest logit {found.scale:.3g}, bound "
@@ -175,15 +186,19 @@ def proof(before: Source, arguments: argparse.Namespace) -> str:
     return f"proved: {text}"
 
 
+def note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
 def run(arguments: argparse.Namespace) -> None:
     started, before = time.monotonic(), peak()
-    source = SOURCES[arguments.source](
-        arguments.folder, arguments.vocab_size, lambda line: print(f"note: {line}", file=sys.stderr)
-    )
+    source = SOURCES[arguments.source](arguments.folder, arguments.vocab_size, note)
     if arguments.prove:
         refuse_too_big(source)
-    target = target_of(arguments, source.folder)
+    target = target_of(arguments, source)
     todo = sizes(source, target.dtype)
+    for path in unfinished(arguments.destination.resolve()):
+        note(f"{path} is another attempt at this DST; unless it is still running, it was killed: remove that folder")
     with progress(todo.stored) as report:
         convert(source, arguments.target, arguments.destination, target, report)
     files = [path for path in arguments.destination.rglob("*") if path.is_file()]
@@ -205,8 +220,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         run(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_checkpoint: error: {error}")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # the third of torch, which finds no memory
+        sys.exit(f"convert_checkpoint: error: {next(iter(str(error).splitlines()), type(error).__name__)}")
     except KeyboardInterrupt:
         print("convert_checkpoint: stopped; nothing was left behind", file=sys.stderr)
         sys.exit(130)

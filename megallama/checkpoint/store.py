@@ -15,6 +15,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,9 +214,17 @@ class Store:
         return sorted(self._index)
 
     def dtype(self, state: str, name: str) -> torch.dtype:
-        """What a tensor's state is stored as."""
-        _, (file, key) = self._rectangles(state).by_name[name][0]
-        return self.open(file).specs[key].dtype
+        """What holds all of a tensor's state as it is stored.
+
+        Raises:
+            ValueError: a file of it is missing or damaged.
+        """
+        kinds = []
+        for _, (file, key) in self._rectangles(state).by_name[name]:
+            if key not in self.open(file).specs:
+                raise ValueError(f"{self.folder / file}: tensor {key} is missing")
+            kinds.append(self.open(file).specs[key].dtype)
+        return reduce(torch.promote_types, kinds)
 
     def read(self, state: str, name: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of a tensor's `state` to `out` (height, width), verified.

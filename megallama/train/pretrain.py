@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megallama.checkpoint import Checkpointer, Store
 from megallama.checkpoint.checkpointer import Slots
-from megallama.checkpoint.formats import HFSource, StoreSource, require_model, write_hf
+from megallama.checkpoint.formats import HFSource, StoreSource, check_export, require_model, write_hf
 from megallama.config import Config, dump
 from megallama.data import check_vocabulary, load_tokenizer, open_mixture
 from megallama.data.loader import Loader
@@ -65,6 +65,8 @@ def pretrain(trainer: Trainer, task: Task) -> None:
     config, mesh = trainer.config, trainer.mesh
     folder, saves, first = Path(config.output_dir), config.checkpoint, mesh.world.rank == 0
     checkpointer = Checkpointer(folder / "checkpoints", mesh, config.model, saves.keep, saves.async_save)
+    if saves.export_hf and first:
+        check_export(Path(saves.export_hf), tokenizer_of(config), config.model)
     notes: list[str] = []
     consumed = resume(trainer, checkpointer, task.fingerprints, notes.append)
     with ExitStack() as stack:

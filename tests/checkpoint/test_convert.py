@@ -23,6 +23,7 @@ from weights import GQA, RandomSource, assert_same
 from megallama.checkpoint.formats import HFSource, StoreSource, open_megatron, open_meta, write_hf, write_megatron
 from megallama.checkpoint.formats import convert as conversion
 from megallama.config import ModelConfig
+from megallama.data.tokenizer import wrap_tokenizer
 from megallama.model.canonical import FINAL_NORM, canonical_shapes
 from megallama.parallel.pieces import Rect
 from megallama.train import prove
@@ -134,14 +135,37 @@ def test_precision(run: Callable[..., Ran], hf: Path, tmp_path: Path) -> None:
 
 
 def test_another_tokenizer(run: Callable[..., Ran], hf: Path, tmp_path: Path) -> None:
+    """A file that its trainer named goes along under the name that others look for, and nothing beside it does."""
+    pytest.importorskip("tokenizers", reason="needs pip install megallama[hf]")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "tokenizer.model").write_bytes(b"pieces")
-    assert run("--from", "hf", "--to", "meta", hf, tmp_path / "a", "--tokenizer", other / "tokenizer.model").code == 0
-    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == b"pieces"
-    assert not (tmp_path / "a" / "tokenizer.json").exists()
-    ran = run("--from", "hf", "--to", "meta", hf, tmp_path / "b", "--tokenizer", tmp_path / "none")
-    assert ran.code == 1 and f"--tokenizer {tmp_path / 'none'} does not exist" in ran.err
+    (other / "tokenizer_config.json").write_text("{}")
+    for name, expected in (("own.model", "tokenizer.model"), ("own.json", "tokenizer.json")):
+        wrap_tokenizer(hf, other / name)
+        ran = run("--from", "hf", "--to", "meta", hf, tmp_path / expected, "--tokenizer", other / name)
+        assert ran.code == 0, ran.err
+        assert (tmp_path / expected / expected).read_bytes() == (other / name).read_bytes()
+        found = {path.name for path in (tmp_path / expected).iterdir()}
+        assert found == {expected, "params.json", "consolidated.00.pth"}
+
+
+@pytest.mark.parametrize("target", ["megallama", "hf", "meta", "megatron"])
+def test_what_is_no_tokenizer(run: Callable[..., Ran], hf: Path, tmp_path: Path, target: str) -> None:
+    pytest.importorskip("tokenizers", reason="needs pip install megallama[hf]")
+    (tmp_path / "empty").mkdir()
+    big = json.loads((hf / "tokenizer.json").read_text())
+    big["model"]["vocab"]["one more"] = 40
+    (tmp_path / "big.json").write_text(json.dumps(big))
+    for path, message in (
+        (hf / "config.json", r"config\.json: no tokenizer\.json of the Hugging Face tokenizers library"),
+        (tmp_path / "none", "none: no such tokenizer"),
+        (tmp_path / "empty", "--tokenizer .*empty holds neither tokenizer.json nor tokenizer.model"),
+        (tmp_path / "big.json", r"big\.json has 41 ids, but the model's vocab_size is 40"),
+    ):
+        ran = run("--from", "hf", "--to", target, hf, tmp_path / "out", "--tokenizer", path)
+        (line,) = ran.err.strip().splitlines()
+        assert ran.code == 1 and re.match(f"convert_checkpoint: error: .*{message}", line), line
+        assert not (tmp_path / "out").exists()
 
 
 def test_vocabulary_that_a_checkpoint_does_not_say(run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -186,6 +210,10 @@ def test_options_that_mean_nothing(
         (["--from", "hf", "--to", "megatron", "--tp", "3"], "num_attention_heads=16 is not divisible by --tp 3"),
         (["--from", "hf", "--to", "megatron", "--pp", "3"], "num_hidden_layers=4 cannot be cut into --pp 3"),
         (["--from", "hf", "--to", "meta", "--tp", "16"], "num_key_value_heads=8 cannot be cut into 16 shards"),
+        (
+            ["--from", "hf", "--to", "megallama", "--tp", "4096", "--pp", "4096"],
+            "--tp 4096 x --pp 4096 is more than the model's 16 attention heads and 4 layers",
+        ),
         (["--from", "meta", "--to", "hf"], r"holds no consolidated\.00\.pth; it is not a folder of Meta's"),
         (["--from", "megatron", "--to", "hf"], "it is not a Megatron checkpoint"),
         (["--from", "megallama", "--to", "hf"], r"holds no manifest\.json and no step_… folder"),
@@ -235,6 +263,47 @@ def test_nothing_is_left_behind(
     code, text = expected.get(way, (130, "stopped; nothing was left behind"))
     assert ran.code == code and text in ran.err and not ran.out
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_current_directory(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hf: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in ("hf", "meta", "megatron", "megallama"):
+        ran = run("--from", "hf", "--to", target, hf, ".")
+        assert ran.code == 1 and f"{tmp_path / 'here'} is the current directory, which" in ran.err
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent != hf) == ["here", "hf"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("cannot allocate\nmany lines")])
+def test_no_memory_is_one_line(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hf: Path, error: Exception
+) -> None:
+    class Starving(conversion.Watched):
+        def read(self, name: str, rect: Rect, out: Tensor) -> None:
+            raise error
+
+    monkeypatch.setattr(conversion, "Watched", Starving)
+    ran = run("--from", "hf", "--to", "meta", hf, tmp_path / "out")
+    told = "MemoryError" if isinstance(error, MemoryError) else "cannot allocate"
+    assert ran.code == 1 and ran.err == f"convert_checkpoint: error: {told}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_is_told_before(run: Callable[..., Ran], tmp_path: Path, hf: Path) -> None:
+    """Which checkpoint is taken where the newest is damaged, and what a killed conversion has left."""
+    for step in (3, 20):
+        assert run("--from", "hf", "--to", "megallama", hf, tmp_path / "run" / f"step_{step:08d}").code == 0
+    manifest = tmp_path / "run" / "step_00000020" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-30])
+    (tmp_path / ".out.0123abcd.tmp").mkdir()
+    ran = run("--from", "megallama", "--to", "hf", tmp_path / "run", tmp_path / "out")
+    skipped, left = ran.err.strip().splitlines()
+    assert re.match(r"note: \S+/step_00000020 is not a checkpoint: .*; taking the older step_00000003", skipped)
+    assert left.startswith(f"note: {tmp_path / '.out.0123abcd.tmp'} is another attempt at this DST; unless it is still")
+    assert ran.code == 0
+    assert_same(HFSource(tmp_path / "out"), TENSORS)
 
 
 def test_a_full_disk_is_seen_before(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megallama.checkpoint import Checkpointer
-from megallama.checkpoint.formats import HFSource, StoreSource, read_whole, require_model, write_hf
+from megallama.checkpoint.formats import HFSource, StoreSource, check_export, read_whole, require_model, write_hf
 from megallama.checkpoint.formats.hf import model_config
 from megallama.checkpoint.store import Stored, write_manifest, write_rectangles
 from megallama.config import Config, ModelConfig, TrainConfig
@@ -201,7 +201,12 @@ class TestReading:
         tensors = random_tensors(TIED)
         assert HFSource(write_folder(tmp_path / "without", tensors, tied)).model == TIED
         tensors[HEAD] = tensors[EMBEDDING].clone()
-        assert HEAD not in HFSource(write_folder(tmp_path / "with", tensors, tied)).shapes
+        source = HFSource(write_folder(tmp_path / "with", tensors, tied, files=2))
+        assert HEAD not in source.shapes and torch.equal(read_whole(source, EMBEDDING), tensors[EMBEDDING])
+        tensors[HEAD][7] += 1
+        source = HFSource(write_folder(tmp_path / "other", tensors, tied, files=2))
+        with pytest.raises(ValueError, match=rf"{EMBEDDING} has copies that differ: {EMBEDDING} in .*, {HEAD} in"):
+            read_whole(source, EMBEDDING)
 
     @pytest.mark.parametrize("rect", [Rect(0, 51, 0, 24), Rect(0, 1, 20, 25)])
     def test_rectangle_outside(self, source: HFSource, rect: Rect) -> None:
@@ -237,6 +242,12 @@ class TestConfig:
             ("mlp_bias", True),
             ("rope_scaling", {"type": "linear", "factor": 2.0}),
             ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+            ("rope_scaling", {"rope_type": "default", "type": "linear", "factor": 4}),
+            ("rope_scaling", {"rope_type": "linear", "type": "default", "factor": 4}),
+            ("rope_theta", 10**400),
+            ("rope_theta", float("inf")),
+            ("max_position_embeddings", 10**30),
+            ("max_position_embeddings", 1e30),
             ("hidden_act", "gelu"),
             ("head_dim", 8),
             ("partial_rotary_factor", 0.5),
@@ -375,6 +386,26 @@ class TestExport:
             write_hf(store, bare)
         with pytest.raises(ValueError, match="is a file"):
             write_hf(store, bare / "config.json")
+
+    def test_known_before_the_run(
+        self, store: StoreSource, sentencepiece: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What an export would stop at, a run can ask for at its start."""
+        write_hf(store, tmp_path / "out")
+        for folder in (tmp_path / "out", tmp_path / "new"):
+            check_export(folder, None, MODEL)
+        check_export(tmp_path / "new", sentencepiece, replace(MODEL, vocab_size=300))
+        with pytest.raises(ValueError, match=r"300 ids, but the model's vocab_size is 50"):
+            check_export(tmp_path / "new", sentencepiece, MODEL)
+        with pytest.raises(ValueError, match=r"config\.json: .*tokenizer"):
+            check_export(tmp_path / "new", tmp_path / "out" / "config.json", MODEL)
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match=r"notes\.txt, which is not from an earlier export"):
+            check_export(tmp_path / "out", None, MODEL)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="is the current directory"):
+            check_export(Path("."), None, MODEL)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
     def test_failure_leaves_the_earlier_export(self, tmp_path: Path) -> None:
         store = write_checkpoint(tmp_path / "step", random_tensors())

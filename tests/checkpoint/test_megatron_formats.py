@@ -298,7 +298,7 @@ class TestForeignMegatron:
         ("changes", "message"),
         [
             ({"num_layers": 5}, r"args say 5 layers, but 1 pipeline ranks hold \[\[4\]\]"),
-            ({"num_layers": 10**12}, r"makes 1000000000000 layers, but there are only 27 tensors"),
+            ({"num_layers": 10**9}, r"makes 1000000000 layers, but there are only 27 tensors"),
             ({"hidden_size": None}, r"args\.hidden_size missing"),
             ({"hidden_size": 128}, r"shape \(128, 64\), but args with 1 tensor-parallel ranks makes it \(128, 128\)"),
             ({"num_query_groups": 4}, r"linear_qkv\.weight has shape \(128, 64\).*\(96, 64\)"),
@@ -330,6 +330,40 @@ class TestForeignMegatron:
                 open_megatron(save(tmp_path, changed, ARGS), note=lambda _: None)
         with pytest.raises(ValueError, match="has no args"):
             open_megatron(save(tmp_path, dict(tensors), None))
+
+    def test_shards_of_unlike_precision(self, tmp_path: Path) -> None:
+        """A tensor is what holds all its shards exactly, whichever comes first."""
+        given = RandomSource(GQA, torch.float32)
+        for t in range(2):  # the fp32 one comes second, then first
+            write_megatron(given, tmp_path / f"{t}", (2, 1, 1))
+            write_megatron(RandomSource(GQA, torch.bfloat16), tmp_path / f"{t}_low", (2, 1, 1))
+            path = Path("release") / f"mp_rank_{t:02d}" / "model_optim_rng.pt"
+            (tmp_path / f"{t}_low" / path).rename(tmp_path / f"{t}" / path)
+            source = open_megatron(tmp_path / f"{t}")
+            name = "model.layers.1.self_attn.o_proj.weight"
+            assert source.dtypes[name] == torch.float32
+            low, high = slice(t * 32, t * 32 + 32), slice(32 - t * 32, 64 - t * 32)
+            found = read_whole(source, name)
+            assert torch.equal(found[:, high], given.tensors[name][:, high])
+            assert torch.equal(found[:, low], given.tensors[name][:, low].bfloat16().float())
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_copies_that_differ(self, tmp_path: Path, tied: bool) -> None:
+        """The norms of tensor-parallel ranks, and the embedding on the first and the last pipeline rank."""
+        given = RandomSource(replace(GQA, tie_word_embeddings=tied))
+        write_megatron(given, tmp_path / "out", (2, 2, 1))
+        rank = "mp_rank_00_001" if tied else "mp_rank_01_001"
+        path = tmp_path / "out" / "release" / rank / "model_optim_rng.pt"
+        content = load(path)
+        key, name = ("output_layer.weight", EMBEDDING) if tied else ("decoder.final_layernorm.weight", FINAL_NORM)
+        content["model"][key].view(-1)[3] += 1
+        torch.save(content, path)
+        source = open_megatron(tmp_path / "out")
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(name)} has copies .* model/{re.escape(key)} in {path}; where"
+        ):
+            read_whole(source, name)
+        assert torch.equal(read_whole(source, "model.layers.3.mlp.down_proj.weight"), block(given, 3)["down_proj"])
 
     def test_missing_ranks(self, tmp_path: Path) -> None:
         write_megatron(RandomSource(GQA), tmp_path / "out", (2, 2, 1))

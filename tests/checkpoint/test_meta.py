@@ -195,7 +195,11 @@ class TestMeta:
         [
             ({"n_layers": 5}, r"consolidated\.00\.pth: tensor layers\.4\.attention\.wq\.weight is missing"),
             ({"n_layers": 3}, r"tensor layers\.3\.\S+ is not part of the Llama that params\.json describes"),
-            ({"n_layers": 10**12}, r"params\.json makes 1000000000000 layers, but there are only 40 tensors"),
+            ({"n_layers": 10**9}, r"params\.json makes 1000000000 layers, but there are only 40 tensors"),
+            (
+                {"vocab_size": 10**12},
+                r"params\.json: vocab_size is 1000000000000; it must be positive, and below 2147483648",
+            ),
             ({"n_heads": "16"}, r"params\.json: n_heads is '16'; it must be of type int"),
             ({"n_heads": 5}, r"n_heads=5 must divide dim=64"),
             ({"dim": 32}, r"tok_embeddings\.weight has shape \(40, 32\), but params\.json with 2 files makes it"),
@@ -225,6 +229,21 @@ class TestMeta:
             open_meta(folder)
         with pytest.raises(ValueError, match=r"holds no consolidated\.00\.pth"):
             open_meta(tmp_path)
+
+    def test_copies_that_differ(self, tmp_path: Path) -> None:
+        """Every file has the norms; nothing says whose is the right one."""
+        folder = meta_folder(tmp_path / "in", RandomSource(GQA), 2)
+        tensors = meta_file(RandomSource(GQA), 1, 2)
+        tensors["layers.2.ffn_norm.weight"][5] += 1
+        torch.save(tensors, folder / "consolidated.01.pth")
+        source = open_meta(folder)
+        assert torch.equal(read_whole(source, FINAL_NORM), RandomSource(GQA).tensors[FINAL_NORM])
+        name, key = "model.layers.2.post_attention_layernorm.weight", r"layers\.2\.ffn_norm\.weight"
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=rf"{name} .*: {key} in \S+/consolidated\.00\.pth, {key} in \S+01\.pth"
+            ):
+                read_whole(source, name)
 
     def test_integer_weights(self, tmp_path: Path) -> None:
         folder = meta_folder(tmp_path / "in", RandomSource(GQA), 1)

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import re
+import resource
 import subprocess
 import sys
 import zipfile
@@ -134,6 +135,16 @@ class TestReading:
                 new.writestr(entry.filename, data)
         assert torch.equal(read(PickledFile(target), "model/a"), TENSORS["model/a"])
 
+    def test_without_checksums(self, tmp_path: Path) -> None:
+        """As torch.save writes where it is told to; a name in a folder's place is of any length."""
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save({"a": torch.arange(4.0)}, tmp_path / "w.pt")
+        finally:
+            torch.serialization.set_crc32_options(before)
+        assert torch.equal(read(PickledFile(tmp_path / "w.pt"), "a"), torch.arange(4.0))
+
     def test_transposed_is_refused(self, tmp_path: Path) -> None:
         torch.save({"a": torch.arange(6.0).view(2, 3).T}, tmp_path / "w.pt")
         with pytest.raises(ValueError, match="the bytes of a do not lie"):
@@ -194,6 +205,114 @@ class Opener:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open, (str(self.target), "w")
+
+
+def with_pickle(path: Path, body: bytes, **others: bytes) -> Path:
+    """An archive with a data.pkl made by hand, and one tensor's bytes."""
+    files = {"data.pkl": b"\x80\x02" + body + b".", "byteorder": b"little", "version": b"3\n", "data/0": bytes(64)}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (files | others).items():
+            archive.writestr(f"archive/{name}", data)
+    return path
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def rebuilt_tensor() -> bytes:
+    """Pickle of a tensor over the archive's data/0."""
+    body = io.BytesIO()
+    pickled._Pickler(body, protocol=2).dump(pickled._Tensor(pickled._Storage("0", Spec(torch.float32, (4, 4)))))
+    return body.getvalue()[2:-1]
+
+
+class TestDamage:
+    """No byte of a file is believed before the archive's checksum of it holds."""
+
+    @pytest.mark.parametrize("window", [pickled.WINDOW, 16])
+    def test_any_bit_of_a_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+        monkeypatch.setattr(pickled, "WINDOW", window)
+        path = write(tmp_path / "w.pt")
+        content = bytearray(path.read_bytes())
+        at = content.index(TENSORS["model/a"].numpy().tobytes()) + 4 * 34
+        content[at] ^= 1
+        path.write_bytes(content)
+        file = PickledFile(path)
+        for _ in range(2):  # also where only other rows are read, and again
+            with pytest.raises(ValueError, match=r"w\.pt is corrupt: archive/data/0 in it has another checksum"):
+                file.read("model/a", Rect(0, 1, 0, 5), torch.empty(1, 5))
+        assert torch.equal(read(file, "e"), TENSORS["e"])
+
+    def test_of_the_structure(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "w.pt")
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"part", b"pert", 1))
+        with pytest.raises(ValueError, match=r"w\.pt is corrupt: archive/data\.pkl in it has another checksum"):
+            PickledFile(path)
+
+    def test_another_byte_order(self, tmp_path: Path) -> None:
+        path = with_pickle(tmp_path / "w.pt", b"}", byteorder=b"big")
+        with pytest.raises(ValueError, match=r"w\.pt holds numbers in byte order b'big'; only little-endian"):
+            PickledFile(path)
+
+    def test_a_second_structure(self, tmp_path: Path) -> None:
+        """What is looked at must be what torch then reads."""
+        path = with_pickle(tmp_path / "w.pt", b"}")
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("other/data.pkl", b"\x80\x02}.")
+        with pytest.raises(ValueError, match=r"data\.pkl is there twice"):
+            PickledFile(path)
+
+
+class TestBombs:
+    """Small files that ask for much memory are refused before anything of it is taken."""
+
+    def refused(self, path: Path, message: str) -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=rf"w\.pt is not read: {message}|w\.pt: {message}"):
+            PickledFile(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # KiB; torch itself has to load
+
+    @pytest.mark.parametrize("module", ["__builtin__", "builtins"])
+    def test_sized_by_a_number(self, tmp_path: Path, module: str) -> None:
+        body = f"c{module}\nbytearray\n".encode() + b"\x8a\x05" + (4 * 10**8).to_bytes(5, "little") + b"\x85R"
+        path = with_pickle(tmp_path / "w.pt", body)
+        self.refused(path, f"its data.pkl asks for {module} bytearray, which no checkpoint needs")
+
+    @pytest.mark.parametrize("codec", ["hex", "HEX                      codec", "base.64", "quoted-printable", "uu"])
+    def test_doubled_by_a_codec(self, tmp_path: Path, codec: str) -> None:
+        encode = b"c_codecs\nencode\n"
+        body = encode + text("x" * 99) + text("latin1") + b"\x86R"
+        for _ in range(22):  # 400 MB
+            body = encode + body + text(codec) + b"\x86R"
+        self.refused(with_pickle(tmp_path / "w.pt", body), r"its data.pkl asks for \w+_codec, which no")
+
+    def test_bytes_as_others_pickle_them(self, tmp_path: Path) -> None:
+        torch.save({"state": b"\0\xff", "a": torch.ones(2), "hexagon": 1}, tmp_path / "w.pt")
+        assert PickledFile(tmp_path / "w.pt").content["state"] == b"\0\xff"
+
+    def test_keys_that_add_up(self, tmp_path: Path) -> None:
+        """Twenty thousand dictionaries in each other, a tensor in each; and a long key above many tensors."""
+        first = b"}" + text("t") + rebuilt_tensor() + b"r@B\x0f\0s"
+        inner = text("a") + b"}" + text("t") + b"j@B\x0f\0s"
+        message = "no model has more than 200000 tensors, or keys of more than 300 letters"
+        self.refused(with_pickle(tmp_path / "w.pt", first + inner * 20_000 + b"s" * 20_000), message)
+        tensors = b"".join(text(str(n)) + b"j@B\x0f\0s" for n in range(2000))
+        body = first + text("k" * 10**6) + b"}" + tensors + b"s"
+        self.refused(with_pickle(tmp_path / "w.pt", body), message)
+
+    def test_keys_that_are_not_written_out(self, tmp_path: Path) -> None:
+        """A tuple of pairs of pairs: short as a pickle, endless as text."""
+        key = b"K\x01" + b"q\x00h\x00\x86" * 20
+        file = PickledFile(with_pickle(tmp_path / "w.pt", b"}" + key + rebuilt_tensor() + b"s"))
+        assert not file.specs
+
+    def test_counted_calls_and_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pickled, "MOST_CALLS", 5)
+        self.refused(write(tmp_path / "w.pt"), "its data.pkl asks for 8 objects, which no checkpoint needs")
+        monkeypatch.setattr(pickled, "LARGEST_PICKLE", 100)
+        self.refused(tmp_path / "w.pt", r"data\.pkl is there twice, or larger than 0 MiB")
 
 
 class TestHostile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from megallama.checkpoint import Checkpointer, checkpoint_folders
 from megallama.checkpoint.store import Stored, write_manifest, write_rectangles
 from megallama.config import CheckpointConfig, Config, ModelConfig, OptimConfig
 from megallama.model.canonical import canonical_shapes
+from megallama.parallel.pieces import matrix
 from megallama.train.pretrain import resume
 
 
@@ -186,3 +187,20 @@ def test_a_checkpoint_of_weights_alone_starts_a_run(tmp_path: Path) -> None:
     go(again, 1)
     save(again, where)
     assert resume(*open_run(config_of(Layout(), tmp_path / "new", checkpoint=load)), {}, lambda note: None) == ROWS
+
+
+def test_the_documented_script_reads_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/formats.md: ten lines and the safetensors package."""
+    where = run_alone(tmp_path, 1)[1]
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    script = text.split("```python\n")[1].split("```")[0]
+    assert len(script.splitlines()) <= 13 and "megallama" not in script
+    monkeypatch.setattr("sys.argv", ["read.py", str(where.folder(1))])
+    found: dict[str, Any] = {}
+    exec(script, found)
+    assert {name: array.shape for name, array in found["weights"].items()} == {
+        name: matrix(shape) for name, shape in canonical_shapes(MODEL).items()
+    }
+    for (state, name), values in canonical(where.folder(1), MODEL).items():
+        if state == "weight":
+            assert torch.equal(torch.from_numpy(found["weights"][name]).double(), values)

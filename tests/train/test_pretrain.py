@@ -184,6 +184,17 @@ def test_a_refused_start_leaves_the_configuration(
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
+def test_an_export_that_could_not_be_is_refused_at_the_start(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--checkpoint.export_hf", str(tmp_path / "out")])
+    assert "out holds thesis.txt, which is not from an earlier export" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_folder_is_owned_until_the_last_save_has_ended(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

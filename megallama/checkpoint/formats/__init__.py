@@ -1,6 +1,6 @@
 """Checkpoint formats: each is read as a source of canonical rectangles, and written from any source."""
 
-from megallama.checkpoint.formats.hf import HFSource, write_hf
+from megallama.checkpoint.formats.hf import HFSource, check_export, write_hf
 from megallama.checkpoint.formats.megatron import write_megatron
 from megallama.checkpoint.formats.megatron_source import open_megatron
 from megallama.checkpoint.formats.meta import open_meta, write_meta
@@ -11,6 +11,7 @@ __all__ = [
     "HFSource",
     "Source",
     "StoreSource",
+    "check_export",
     "open_megatron",
     "open_meta",
     "read_whole",

@@ -22,7 +22,7 @@ from megallama.checkpoint.formats.source import Source
 from megallama.parallel.pieces import Rect
 
 Note = Callable[[str], None]
-"""Told what a checkpoint does not say."""
+"""Told what a checkpoint does not say, and what of it was passed over."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Target:
 
 
 SOURCES: dict[str, Callable[[Path, int | None, Note], Source]] = {
-    "megallama": lambda folder, _size, _note: StoreSource(folder),
+    "megallama": lambda folder, _size, note: StoreSource(folder, note),
     "hf": lambda folder, _size, _note: HFSource(folder),
     "meta": lambda folder, _size, _note: open_meta(folder),
     "megatron": lambda folder, size, note: open_megatron(folder, False, size, note),

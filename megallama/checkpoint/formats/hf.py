@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from megallama.checkpoint.formats.placement import (
     Layout,
     PlacedSource,
+    full_name,
+    is_empty,
+    new_folder,
     refuse_unknown,
     replaced_folder,
     specs,
@@ -28,12 +31,12 @@ from megallama.checkpoint.formats.source import Source, checked_model, refuse_la
 from megallama.checkpoint.formats.tokenizer_files import (
     GENERATION,
     TOKENIZER_FILES,
+    fitting_tokenizer,
     write_for_transformers,
     write_json,
 )
 from megallama.checkpoint.tensors import DTYPES, Spec, TensorFile, TensorWriter
 from megallama.config import ModelConfig
-from megallama.data.tokenizer import load_tokenizer
 from megallama.model.canonical import EMBEDDING, HEAD, canonical_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -82,7 +85,7 @@ def model_config(path: Path) -> ModelConfig:
     given = {key: found[key] for key in (*REQUIRED, *DEFAULTS, "num_key_value_heads") if found.get(key) is not None}
     for key in ("rope_scaling", "rope_parameters"):  # the second since transformers 5, with the base inside
         rope = found.get(key) or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        if not isinstance(rope, dict) or any(rope.get(kind, "default") != "default" for kind in ("rope_type", "type")):
             raise ValueError(f"{path}: {key} is {rope}; scaled rotary embeddings are not supported")
         if "rope_theta" in rope:
             given["rope_theta"] = rope["rope_theta"]
@@ -121,13 +124,15 @@ class HFSource(PlacedSource):
         placed, files = _open_tensors(folder)
         refuse_layers(folder / CONFIG, model, len(placed))
         layout: dict[str, dict[str, Any]] = {file: {} for file in files}
-        for name, shape in canonical_shapes(model).items():
+        shapes = canonical_shapes(model)
+        for name, shape in shapes.items():
             if name not in placed:
                 raise ValueError(f"{folder}: tensor {name} is missing")
             layout[placed[name]][name] = whole(name, shape)
+        if model.tie_word_embeddings and HEAD in placed:  # stored once more
+            layout[placed[HEAD]][HEAD] = whole(EMBEDDING, shapes[EMBEDDING])
         for file, opened in files.items():
-            # A tied head may be stored once more.
-            stored = {name for name, place in placed.items() if place == file and not _BUFFER.fullmatch(name)} - {HEAD}
+            stored = {name for name, place in placed.items() if place == file and not _BUFFER.fullmatch(name)}
             refuse_unknown(opened, stored, layout[file], CONFIG)
         super().__init__(folder, model, layout, files, CONFIG)
 
@@ -191,11 +196,12 @@ def write_hf(
     """
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"export dtype {dtype}: choose one of {', '.join(str(d) for d in DTYPES.values())}")
-    folder = Path(folder).resolve()
-    _refuse_foreign(folder)
+    folder = Path(folder)
+    check_export(folder, tokenizer, source.model)
     special, generation = _generation(source.model, tokenizer, like)
     layout, index = _files(source, dtype, max_shard_bytes)
-    with replaced_folder(folder) as work:
+    earlier = folder.exists() and not is_empty(folder)
+    with replaced_folder(folder, _refuse_foreign) if earlier else new_folder(folder) as work:
         write_layout(source, layout, dtype, lambda file, stored: TensorWriter(work / file, stored, PRODUCER))
         if len(layout) > 1:
             write_json(work / INDEX, index)
@@ -203,6 +209,18 @@ def write_hf(
         write_json(work / GENERATION, generation)
         if tokenizer is not None:
             write_for_transformers(Path(tokenizer), work)
+
+
+def check_export(folder: Path, tokenizer: Path | None, model: ModelConfig) -> None:
+    """What `write_hf` asks of its folder and tokenizer; for a run to know at its start.
+
+    Raises:
+        ValueError: `folder` holds something that is not an export of ours or cannot be replaced, or the tokenizer does
+            not open or has more ids than the vocabulary.
+    """
+    _refuse_foreign(full_name(folder))
+    if tokenizer is not None:
+        fitting_tokenizer(tokenizer, model)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -258,12 +276,7 @@ def _generation(model: ModelConfig, tokenizer: Path | None, like: Path | None) -
     """Special tokens for the configuration, and generation_config.json; what nobody knows is null there."""
     special: dict[str, Any] = dict.fromkeys(SPECIAL)
     if tokenizer is not None:
-        opened = load_tokenizer(tokenizer)
-        if opened.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"{tokenizer} has {opened.vocab_size} ids, but the model's vocab_size is {model.vocab_size}; "
-                f"give the tokenizer that the model was trained with"
-            )
+        opened = fitting_tokenizer(tokenizer, model)
         special = {"bos_token_id": opened.bos, "eos_token_id": opened.eos}
     kept = _json(like / GENERATION) if like is not None and (like / GENERATION).is_file() else {}
     theirs = _json(like / CONFIG) if like is not None and (like / CONFIG).is_file() else kept

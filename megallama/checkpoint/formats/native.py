@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megallama.checkpoint.checkpointer import checkpoint_folders, manifest_model
 from megallama.checkpoint.formats.placement import new_folder
-from megallama.checkpoint.formats.source import Source, checked_model, refuse_layers
+from megallama.checkpoint.formats.source import Source, checked_model, read_fitting, refuse_layers
 from megallama.checkpoint.formats.tokenizer_files import copy_along
 from megallama.checkpoint.store import MANIFEST, Store, Stored, write_manifest, write_rectangles
 from megallama.config import ModelConfig
@@ -27,13 +28,14 @@ class StoreSource:
 
     Args:
         folder: a checkpoint, or a run or its checkpoints folder: then the newest one that opens.
+        note: told of newer ones that do not.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
 
-    def __init__(self, folder: Path):
-        self._store = _open(Path(folder))
+    def __init__(self, folder: Path, note: Callable[[str], None] = print):
+        self._store = _open(Path(folder), note)
         self.folder = self._store.folder
         self.model = _model(self._store)
         self.shapes = canonical_shapes(self.model)
@@ -48,16 +50,20 @@ class StoreSource:
         self._store.read(WEIGHT, name, rect, out)
 
 
-def _open(folder: Path) -> Store:
+def _open(folder: Path, note: Callable[[str], None]) -> Store:
     """The checkpoint, or the newest one below that opens."""
     if (folder / MANIFEST).exists():
         return Store(folder)
     faults = []
     for found in checkpoint_folders(folder / "checkpoints") or checkpoint_folders(folder):
         try:
-            return Store(found)
+            store = Store(found)
         except ValueError as error:
             faults.append(str(error))
+            continue
+        for fault in faults:
+            note(f"{fault}; taking the older {found.name}")
+        return store
     raise ValueError("; ".join(faults) or f"{folder} holds no {MANIFEST} and no step_… folder with one")
 
 
@@ -87,9 +93,14 @@ def write_store(
         tokenizer: its files go along.
 
     Raises:
-        ValueError: the source is damaged, or the folder holds something.
+        ValueError: the source is damaged, no run could be laid out so, or the folder holds something.
     """
-    tp, pp = layout
+    (tp, pp), heads, layers = layout, source.model.num_attention_heads, source.model.num_hidden_layers
+    if tp > heads or pp > layers:
+        raise ValueError(
+            f"--tp {tp} x --pp {pp} is more than the model's {heads} attention heads and {layers} layers can be cut "
+            f"into; any layout loads any other, so choose smaller ones, such as 1"
+        )
     model = manifest_model(source.model)
     meta: dict[str, Any] = {"step": 0, "consumed_samples": 0, "updates": 0, "model": model, "fingerprints": {}}
     names = list(source.shapes)
@@ -117,5 +128,5 @@ def _share(shape: tuple[int, ...], t: int, tp: int) -> Rect:
 
 def _values(source: Source, name: str, rect: Rect, dtype: torch.dtype) -> Tensor:
     out = torch.empty(rect.height, rect.width, dtype=dtype)
-    source.read(name, rect, out)
+    read_fitting(source, name, rect, out)
     return out

@@ -2,7 +2,7 @@
 
 torch.save's format is a zip archive without compression: NAME/data.pkl is the object with references in the place of
 tensors, NAME/data/0 and so on are their bytes. torch.load reads the object alone, with weights_only, and tells where
-the bytes lie; these are read when a rectangle is asked for.
+the bytes lie; these are read when a rectangle is asked for, and compared with the archive's checksum before.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import argparse
 import io
 import os
 import pickle
+import pickletools
+import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from encodings import normalize_encoding
+from encodings.aliases import aliases
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.tensors import WINDOW, Spec, as_bytes
+from megallama.checkpoint.tensors import WINDOW, Spec, as_bytes, read_at
 from megallama.parallel.pieces import Rect, matrix
 
 STORAGES = {
@@ -40,6 +45,25 @@ object takes its place, and their code is neither imported nor run."""
 
 LOCAL_HEADER, ZIP64_EXTRA = 30, 20
 """Bytes before a file's data in a zip archive, beside its name and other extra fields."""
+
+LARGEST_PICKLE, MOST_CALLS, LONGEST_KEY = 64 << 20, 200_000, 300
+"""Bytes of a data.pkl without the tensors, its calls (two build a tensor), and letters of a tensor's joined keys: a
+hundred times what checkpoints have, and little enough to be rebuilt in a few GB."""
+
+SIZED = {"__builtin__ bytearray", "builtins bytearray"}
+"""Allowed by torch, but sized by a number in the pickle, not by its bytes."""
+
+GROWING = {"hex_codec", "base64_codec", "quopri_codec", "uu_codec"}
+"""Codecs that make bytes of bytes, and more of them each time."""
+
+
+class Member(NamedTuple):
+    """A file in the archive: `size` bytes from `start`. `crc32` is 0 where torch.save was told to leave it out."""
+
+    name: str
+    start: int
+    size: int
+    crc32: int
 
 
 class Inert:
@@ -67,68 +91,137 @@ class PickledFile:
         self.path = path
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        self._size = path.stat().st_size
         try:
-            plain = zipfile.is_zipfile(path) and _is_plain(path)
-        except zipfile.BadZipFile:
-            plain = False
-        if not plain:
+            self._members = {member.start: member for member in _members(path)}
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise ValueError(
                 f"{path} is damaged, or older than torch.save's zip format (PyTorch 1.6): "
                 f"load it in a PyTorch that reads it, and torch.save it again"
-            )
+            ) from error
+        self._verified: set[int] = set()
+        if (order := self._small("byteorder")) not in (b"", b"little"):
+            raise ValueError(f"{path} holds numbers in byte order {order!r:.20}; only little-endian can be read")
+        _require_modest(path, self._small("data.pkl"))
         self.content = _load(path)
         self.specs: dict[str, Spec] = {}
         self._tensors: dict[str, Tensor] = {}
         self._find(self.content)
 
+    def _small(self, name: str) -> bytes:
+        """What the archive holds as NAME/`name`; nothing where there is no such file."""
+        found = [member for member in self._members.values() if member.name.partition("/")[2] == name]
+        if len(found) > 1 or any(member.size > LARGEST_PICKLE for member in found):
+            raise ValueError(f"{self.path}: {name} is there twice, or larger than {LARGEST_PICKLE >> 20} MiB")
+        data = bytearray(found[0].size if found else 0)
+        with open(self.path, "rb") as file:
+            for member in found:
+                self._verify(file.fileno(), member)
+                read_at(self.path, file.fileno(), member.start, memoryview(data))
+        return bytes(data)
+
     def _find(self, content: Any) -> None:
         left, seen = [("", content)], set()
         while left:
             key, value = left.pop()
+            if len(key) > LONGEST_KEY or len(self.specs) > MOST_CALLS:
+                raise ValueError(
+                    f"{self.path} is not read: no model has more than {MOST_CALLS} tensors, or keys of more than "
+                    f"{LONGEST_KEY} letters, as this file has"
+                )
             if isinstance(value, Tensor) and value.layout is torch.strided:
                 self.specs[key], self._tensors[key] = Spec(value.dtype, tuple(value.shape)), value
-            elif isinstance(value, dict) and id(value) not in seen:  # or a file of bytes could grow to any size here
-                seen.add(id(value))
-                left += [(f"{key}/{name}" if key else str(name), inner) for name, inner in value.items()]
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))  # or a file of bytes could grow to any size here
+                above = f"{key}/" if key else ""
+                for name, inner in value.items():
+                    if isinstance(name, str | int) and isinstance(inner, dict | Tensor):
+                        left.append((f"{above}{name}"[: LONGEST_KEY + 1], inner))
 
     def read(self, key: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of a tensor to `out` (height, width), cast to its dtype.
 
         Raises:
-            ValueError: the bytes are not where the file says.
+            ValueError: the bytes are not where the file says, or corrupt.
         """
         dtype, shape = self.specs[key]
         tensor, cols, size = self._tensors[key], matrix(shape)[1], dtype.itemsize
         base = tensor.untyped_storage()._checkpoint_offset
-        assert base is not None, f"torch.load did not say where {key} lies"
-        start = base + int(tensor.storage_offset()) * size
-        if not tensor.is_contiguous() or start + tensor.numel() * size > self._size:
+        member = None if base is None else self._members.get(base)
+        first = int(tensor.storage_offset()) * size
+        if member is None or not tensor.is_contiguous() or first + tensor.numel() * size > member.size:
             raise ValueError(f"{self.path}: the bytes of {key} do not lie in the file one after another")
+        start = member.start + first
         handle, step = os.open(self.path, os.O_RDONLY), max(1, WINDOW // (cols * size))
         try:
+            self._verify(handle, member)
             for r0 in range(rect.r0, rect.r1, step):
                 r1 = min(rect.r1, r0 + step)
                 window = torch.empty(r1 - r0, cols, dtype=dtype)
-                self._fill(handle, start + r0 * cols * size, as_bytes(window))
+                read_at(self.path, handle, start + r0 * cols * size, as_bytes(window))
                 out[r0 - rect.r0 : r1 - rect.r0].copy_(window[:, rect.c0 : rect.c1])
         finally:
             os.close(handle)
 
-    def _fill(self, handle: int, at: int, into: memoryview) -> None:
-        while into:
-            count = os.preadv(handle, [into], at)
-            if not count:
-                raise ValueError(f"{self.path} ends at byte {at}; it has been truncated")
-            into, at = into[count:], at + count
+    def _verify(self, handle: int, member: Member) -> None:
+        """Compare all bytes of a member with its checksum, when it is touched first: the second reading that this
+        costs comes from the system's cache."""
+        if not member.crc32 or member.start in self._verified:
+            return
+        crc32, window = 0, memoryview(bytearray(min(WINDOW, member.size)))
+        for at in range(0, member.size, WINDOW):
+            part = window[: min(WINDOW, member.size - at)]
+            read_at(self.path, handle, member.start + at, part)
+            crc32 = zlib.crc32(part, crc32)
+        if crc32 != member.crc32:
+            raise ValueError(f"{self.path} is corrupt: {member.name} in it has another checksum than it says")
+        self._verified.add(member.start)
 
 
-def _is_plain(path: Path) -> bool:
-    """Whether nothing is compressed or encrypted, as torch.save never does."""
-    with zipfile.ZipFile(path) as archive:
-        return all(
-            entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1 for entry in archive.infolist()
-        )
+def _members(path: Path) -> Iterator[Member]:
+    """The files in an archive that is as torch.save writes it: nothing compressed, nothing encrypted.
+
+    Raises:
+        BadZipFile, NotImplementedError, ValueError or struct.error: it is not.
+    """
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        size = os.fstat(file.fileno()).st_size
+        if len({entry.header_offset for entry in archive.infolist()}) < len(archive.infolist()):
+            raise zipfile.BadZipFile("two names for the same bytes")
+        for entry in archive.infolist():
+            file.seek(entry.header_offset + LOCAL_HEADER - 4)  # the local header has its own lengths, with the padding
+            name, extra = struct.unpack("<HH", file.read(4))
+            start = entry.header_offset + LOCAL_HEADER + name + extra
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or start + entry.file_size > size:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed, encrypted or cut off")
+            yield Member(entry.filename, start, entry.file_size, entry.CRC)
+
+
+def _require_modest(path: Path, pickled: bytes) -> None:
+    """Refuse a pickle that would take far more memory than it has bytes, before anything is rebuilt."""
+    calls = 0
+    names: set[str] = set()
+    codecs: set[str] = set()
+    try:
+        for opcode, argument, _ in pickletools.genops(pickled):
+            calls += opcode.name in ("REDUCE", "NEWOBJ")
+            if not isinstance(argument, str):
+                continue
+            if opcode.name == "GLOBAL":
+                names.add(argument)
+                continue
+            said = normalize_encoding(argument).lower().replace(".", "_")  # as Python looks codecs up
+            codecs |= {aliases.get(said, said)} & GROWING
+    except ValueError as error:
+        raise ValueError(f"{path} is not read: its data.pkl is no pickle ({error})") from error
+    fault = ""
+    if calls > MOST_CALLS:
+        fault = f"{calls} objects"
+    elif sized := names & SIZED:
+        fault = " and ".join(sized)
+    elif codecs and "_codecs encode" in names:
+        fault = " and ".join(codecs)
+    if fault:
+        raise ValueError(f"{path} is not read: its data.pkl asks for {fault}, which no checkpoint needs")
 
 
 def _load(path: Path) -> Any:

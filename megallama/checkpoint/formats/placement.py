@@ -7,6 +7,9 @@ all composites: nothing else knows of them.
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,8 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.formats.source import Source, require_inside
-from megallama.checkpoint.tensors import DTYPES, Spec, sync
+from megallama.checkpoint.formats.source import Source, read_fitting, require_inside
+from megallama.checkpoint.tensors import DTYPES, WINDOW, Spec, sync
 from megallama.config import ModelConfig
 from megallama.model.canonical import canonical_shapes
 from megallama.parallel.pieces import Index, Rect, matrix
@@ -135,8 +138,17 @@ class Writer(Protocol):
         """Write one announced tensor."""
 
 
+class Place(NamedTuple):
+    """Where a part lies."""
+
+    file: str
+    key: str
+    part: Part
+
+
 class PlacedSource:
-    """A source over opened files and the table of what lies in them.
+    """A source over opened files and the table of what lies in them. Copies of a rectangle are compared before it is
+    read; the first one is.
 
     Args:
         layout: only keys that the files have, or should have.
@@ -149,33 +161,60 @@ class PlacedSource:
     def __init__(self, folder: Path, model: ModelConfig, layout: Layout, files: Mapping[str, File], expects: str):
         self.folder, self.model, self.shapes = folder, model, canonical_shapes(model)
         self._files = files
-        self._index: Index[tuple[str, str, Part]] = Index()
+        self._index: Index[list[Place]] = Index()
+        self._equal: set[tuple[str, Rect]] = set()
         self.dtypes: dict[str, torch.dtype] = {}
-        placed: set[tuple[str, Rect]] = set()
+        placed: dict[tuple[str, Rect], list[Place]] = {}
         for file, tensors in layout.items():
             _check(files[file], tensors, expects)
             for key, composite in tensors.items():
+                dtype = files[file].specs[key].dtype
                 for part in composite.parts:
-                    self.dtypes.setdefault(part.name, files[file].specs[key].dtype)
-                    if (part.name, part.rect) not in placed:  # else a copy
-                        placed.add((part.name, part.rect))
-                        self._index.add(part.name, part.rect, (file, key, part))
+                    self.dtypes[part.name] = torch.promote_types(self.dtypes.get(part.name, dtype), dtype)
+                    placed.setdefault((part.name, part.rect), []).append(Place(file, key, part))
+        for (name, rect), places in placed.items():
+            self._index.add(name, rect, places)
 
     def read(self, name: str, rect: Rect, out: Tensor) -> None:
         """Write rectangle `rect` of tensor `name` to `out` (height, width), cast to its dtype."""
         require_inside(self, name, rect)
-        for overlap, held, (file, key, part) in self._index.cover(name, rect):
-            place = overlap.shift(-rect.r0, -rect.c0)
-            target = out[place.r0 : place.r1, place.c0 : place.c1]
-            r0 = part.first + (overlap.r0 - held.r0) * part.step
-            r1, c0 = r0 + (overlap.height - 1) * part.step + 1, part.col + overlap.c0 - held.c0
-            span = Rect(r0, r1, c0, c0 + overlap.width)
-            if part.step == 1:
-                self._files[file].read(key, span, target)
-                continue
-            rows = torch.empty(span.height, span.width, dtype=self._files[file].specs[key].dtype)
-            self._files[file].read(key, span, rows)
-            target.copy_(rows[:: part.step])
+        for overlap, held, places in self._index.cover(name, rect):
+            if len(places) > 1 and (name, held) not in self._equal:
+                self._require_equal(places)
+                self._equal.add((name, held))
+            inner = overlap.shift(-rect.r0, -rect.c0)
+            self._read(places[0], overlap, out[inner.r0 : inner.r1, inner.c0 : inner.c1])
+
+    def _read(self, place: Place, rect: Rect, out: Tensor) -> None:
+        """Rectangle `rect` of a canonical tensor from one place that holds it."""
+        file, part = self._files[place.file], place.part
+        r0 = part.first + (rect.r0 - part.rect.r0) * part.step
+        r1, c0 = r0 + (rect.height - 1) * part.step + 1, part.col + rect.c0 - part.rect.c0
+        span = Rect(r0, r1, c0, c0 + rect.width)
+        if part.step == 1:
+            file.read(place.key, span, out)
+            return
+        rows = torch.empty(span.height, span.width, dtype=file.specs[place.key].dtype)
+        file.read(place.key, span, rows)
+        out.copy_(rows[:: part.step])
+
+    def _require_equal(self, places: list[Place]) -> None:
+        """Stop where copies differ: nothing says which of them the model has computed with."""
+        first, *others = places
+        name, rect = first.part.name, first.part.rect
+        dtype = self.dtypes[name]
+        step = max(1, WINDOW // (rect.width * dtype.itemsize))
+        for r0 in range(rect.r0, rect.r1, step):
+            block = rect._replace(r0=r0, r1=min(rect.r1, r0 + step))
+            ours, theirs = (torch.empty(block.height, block.width, dtype=dtype) for _ in range(2))
+            self._read(first, block, ours)
+            for other in others:
+                self._read(other, block, theirs)
+                if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
+                    raise ValueError(
+                        f"{name} has copies that differ: {first.key} in {self._files[first.file].path}, {other.key} in "
+                        f"{self._files[other.file].path}; where you know the right one, save it in the place of both"
+                    )
 
 
 def _check(file: File, tensors: Mapping[str, Composite], expects: str) -> None:
@@ -225,20 +264,45 @@ def assemble(source: Source, composite: Composite, dtype: torch.dtype) -> Tensor
     """One tensor of a file from its parts."""
     stored = torch.zeros(matrix(composite.shape), dtype=dtype)
     for part in composite.parts:
-        source.read(part.name, part.rect, part.view(stored))
+        read_fitting(source, part.name, part.rect, part.view(stored))
     return stored.view(composite.shape)
+
+
+def full_name(folder: Path) -> Path:
+    """The full name of a folder that another one, complete, can take the place of.
+
+    Raises:
+        ValueError: none can: it is the current directory or a mount point.
+    """
+    folder = Path(folder).resolve()
+    kind = "the current directory" if folder == Path.cwd() else "a mount point" if os.path.ismount(folder) else ""
+    if kind:
+        raise ValueError(f"{folder} is {kind}, which a finished folder cannot replace; name a folder inside it")
+    return folder
 
 
 def refuse_existing(folder: Path) -> Path:
     """The folder's full name, once there is nothing under it.
 
     Raises:
-        ValueError: there is something.
+        ValueError: there is something, or it cannot be replaced.
     """
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = full_name(folder)
+    if folder.exists() and not is_empty(folder):
         raise ValueError(f"{folder} exists already; name a new folder, or an empty one")
     return folder
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether it is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Work folders beside `folder`, of attempts that still run or were killed."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    above = folder.parent
+    return sorted(path for path in above.iterdir() if name.fullmatch(path.name)) if above.is_dir() else []
 
 
 @contextmanager
@@ -246,26 +310,58 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which appears under its name complete and on the disk, or not at all.
 
     Raises:
-        ValueError: there is something under that name already.
+        ValueError: there is something under that name, now or at the end; what is finished then stays in the work
+            folder, which the message names.
     """
-    with replaced_folder(refuse_existing(folder)) as work:
+    folder = refuse_existing(folder)
+    with _work_folder(folder) as work:
         yield work
+    with _kept(work, folder):
+        work.rename(folder)  # takes the place of an empty folder, of nothing else
+    sync(folder.parent)
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """As `new_folder`, in the place of whatever is there."""
-    work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
+def replaced_folder(folder: Path, refuse: Callable[[Path], None]) -> Iterator[Path]:
+    """As `new_folder`, in the place of a folder that `refuse` raises no ValueError for, now and at the end."""
+    folder = full_name(folder)
+    refuse(folder)
+    with _work_folder(folder) as work:
+        yield work
+    earlier = work.with_suffix(".old")
+    with _kept(work, folder):
+        refuse(folder)
+        folder.rename(earlier)
+        try:
+            work.rename(folder)
+        except BaseException:
+            earlier.rename(folder)
+            raise
+    sync(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """A folder of this attempt alone, on the file system of `folder`; what it holds is on the disk at the end."""
+    work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     work.mkdir(parents=True)
     try:
         yield work
         for path in (*work.rglob("*"), work):
             sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-        sync(folder.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _kept(work: Path, folder: Path) -> Iterator[None]:
+    """Say where the finished work lies if it cannot get its name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{folder}: the finished work could not take this name ({reason}); it is complete in {work}, rename that"
+        ) from error

@@ -10,9 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megallama.checkpoint.tensors import WINDOW
 from megallama.config import ModelConfig
 from megallama.model.canonical import TRAINING_ONLY
 from megallama.parallel.pieces import Rect, matrix
+
+LIMITS: dict[type, float] = {int: 2**31, float: torch.finfo(torch.float64).max}
+"""Foreign numbers lie below."""
 
 
 class Source(Protocol):
@@ -48,6 +52,30 @@ def read_whole(source: Source, name: str, dtype: torch.dtype | None = None) -> T
     return out.view(source.shapes[name])
 
 
+def read_fitting(source: Source, name: str, rect: Rect, out: Tensor) -> None:
+    """Read a rectangle; rounding it to `out`'s dtype must leave finite what is finite.
+
+    Raises:
+        ValueError: a value is too large for that dtype; names the largest one.
+    """
+    source.read(name, rect, out)
+    dtype = source.dtypes[name]
+    if torch.promote_types(dtype, out.dtype) == out.dtype or all(map(torch.isfinite, out.aminmax())):
+        return
+    step = max(1, WINDOW // (rect.width * dtype.itemsize))
+    for r0 in range(rect.r0, rect.r1, step):
+        block = rect._replace(r0=r0, r1=min(rect.r1, r0 + step))
+        exact = torch.empty(block.height, block.width, dtype=dtype)
+        source.read(name, block, exact)
+        rounded = out[r0 - rect.r0 : block.r1 - rect.r0]
+        lost = exact[exact.isfinite() & ~rounded.isfinite()]
+        if lost.numel():
+            raise ValueError(
+                f"{source.folder}: {name} has a value of {lost[lost.abs().argmax()]:g}, but {out.dtype} ends at "
+                f"{torch.finfo(out.dtype).max:g}; choose a wider dtype, or keep each tensor's own"
+            )
+
+
 def require_model(source: Source, model: ModelConfig) -> None:
     """Check that the weights mean in `model` what they mean in `source`.
 
@@ -78,13 +106,15 @@ def checked_model(where: Path, values: Mapping[str, Any], names: Mapping[str, st
     Raises:
         ValueError: a value is of another type, not positive, or does not fit the others; names the file's key.
     """
+    taken: dict[str, Any] = {}
     for key, value in values.items():
         kind, said = type(getattr(ModelConfig, key)), names.get(key, key)
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{where}: {said} is {value!r}; it must be of type {kind.__name__}")
-        if kind is not bool and not 0 < value < float("inf"):
-            raise ValueError(f"{where}: {said} is {value}; it must be positive")
-    model = ModelConfig(**values)
+            raise ValueError(f"{where}: {said} is {value!r:.80}; it must be of type {kind.__name__}")
+        if kind is not bool and not 0 < value < LIMITS[kind]:
+            raise ValueError(f"{where}: {said} is {value!r:.80}; it must be positive, and below {LIMITS[kind]:.10g}")
+        taken[key] = kind(value)
+    model = ModelConfig(**taken)
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     if model.hidden_size % heads or heads % groups:
         hidden, head, group = (names.get(k, k) for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megallama.data.tokenizer import WRAPPED, SentencePieceTokenizer, load_tokenizer
+from megallama.config import ModelConfig
+from megallama.data.tokenizer import WRAPPED, HFTokenizer, SentencePieceTokenizer, load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -27,14 +28,30 @@ def tokenizer_in(folder: Path) -> Path | None:
     return folder / "tokenizer.model" if (folder / "tokenizer.model").is_file() else None
 
 
+def fitting_tokenizer(path: Path, model: ModelConfig) -> SentencePieceTokenizer | HFTokenizer:
+    """A tokenizer, opened.
+
+    Raises:
+        ValueError: it is none, or has more ids than the model.
+    """
+    opened = load_tokenizer(path)
+    if opened.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{path} has {opened.vocab_size} ids, but the model's vocab_size is {model.vocab_size}; "
+            f"give the tokenizer that the model was trained with"
+        )
+    return opened
+
+
 def copy_along(tokenizer: Path | None, folder: Path) -> None:
-    """Copy a tokenizer's files, and the generation settings beside them, as they are."""
+    """Copy a tokenizer as it is: no file; or one that its trainer named, alone; or a model's folder or a file of it,
+    with what lies beside it and the generation settings."""
     if tokenizer is None:
         return
-    source = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    if tokenizer.name not in ("", *TOKENIZER_FILES) and not tokenizer.is_dir():
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")  # a name that its trainer chose
+    if tokenizer.is_file() and tokenizer.name not in TOKENIZER_FILES:
+        shutil.copyfile(tokenizer, folder / ("tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"))
         return
+    source = tokenizer if tokenizer.is_dir() else tokenizer.parent
     for name in (*TOKENIZER_FILES, GENERATION):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
