@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import os
 import re
+import resource
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -239,6 +240,7 @@ def connect(world: World, store: dist.Store | None, timeout: datetime.timedelta 
     if world.local_size == world.size:
         loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    allow_files()
     dist.init_process_group(
         "nccl" if gpu else "gloo",
         store=store,
@@ -248,6 +250,13 @@ def connect(world: World, store: dist.Store | None, timeout: datetime.timedelta 
         device_id=device if gpu else None,
     )
     return device
+
+
+def allow_files() -> None:
+    """As many open files as the system permits: gloo has a socket to every other rank, and shells start with 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # no number (macOS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def disconnect() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 
 import pytest
@@ -125,3 +126,13 @@ def test_ranks_without_an_address_are_told_to_set_one(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match="set MASTER_ADDR and MASTER_PORT"):
         launch.rendezvous(World(0, 2, 0, 2, "n1", "torchrun"))
+
+
+def test_as_many_files_as_the_system_permits() -> None:
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, 256), most))
+    try:
+        launch.allow_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
