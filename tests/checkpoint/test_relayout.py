@@ -122,20 +122,22 @@ def test_every_pair_of_layouts(tmp_path: Path, layouts: list[Layout], tied: bool
 
 
 PAIRS = [
-    (Layout(), Layout(tp=2, pp=2)),
+    (Layout(), Layout(tp=2)),
+    (Layout(), Layout(pp=2, vpp=2)),
     (Layout(tp=2), Layout(pp=2)),
+    (Layout(tp=2), Layout(dp=2)),
+    (Layout(tp=2), Layout(pp=2, vpp=2)),
     (Layout(pp=2), Layout(dp=2)),
+    (Layout(pp=2), Layout(tp=2, pp=2)),
+    (Layout(dp=2), Layout()),
+    (Layout(dp=2), Layout(tp=2)),
     (Layout(dp=2), Layout(tp=4)),
-    (Layout(tp=4), Layout(pp=4)),
-    (Layout(pp=4), Layout(dp=4)),
-    (Layout(dp=4), Layout()),
-    (Layout(tp=2, pp=2), Layout(tp=2, dp=2)),
-    (Layout(tp=2, dp=2), Layout(pp=2, dp=2)),
-    (Layout(pp=2, dp=2), Layout(pp=2, vpp=2)),
     (Layout(pp=2, vpp=2), Layout(tp=2)),
-    (Layout(tp=2, pp=2, vpp=2), Layout(pp=2)),
+    (Layout(pp=2, vpp=2), Layout(dp=2)),
 ]
 """tp 4 is more than the two K/V heads."""
+
+SHALLOW = replace(MODEL, num_hidden_layers=4)
 
 
 def begin(rank: int, world: int, config: Config) -> list[tuple[float, float]]:
@@ -162,16 +164,16 @@ def test_a_dozen_pairs_in_training(tmp_path: Path) -> None:
         with Ranks(world) as ranks:
             for pair, folder in folders.items():
                 if pair[0].world == world:
-                    seen[pair] = ranks.run(begin, config_of(pair[0], folder, model=MODEL, steps=23))[0]
+                    seen[pair] = ranks.run(begin, config_of(pair[0], folder, model=SHALLOW, steps=23))[0]
     for world in (1, 2, 4):
         with Ranks(world) as ranks:
             for pair, folder in folders.items():
                 if pair[1].world != world:
                     continue
-                later = ranks.run(go_on, config_of(pair[1], folder, model=MODEL, steps=23))[0]
+                later = ranks.run(go_on, config_of(pair[1], folder, model=SHALLOW, steps=23))[0]
                 drift = torch.tensor(later).sub(torch.tensor(seen[pair])).abs().max(0).values
                 assert drift[0] < 1e-5 and drift[1] < 1e-4, f"{pair[0]} -> {pair[1]}: {drift}"
                 one, other = (folder / name / "step_00000003" for name in ("checkpoints", "again"))
-                assert same(canonical(one, MODEL), canonical(other, MODEL)), f"{pair[0]} -> {pair[1]}"
+                assert same(canonical(one, SHALLOW), canonical(other, SHALLOW)), f"{pair[0]} -> {pair[1]}"
     losses = [loss for loss, _ in seen[PAIRS[0]]]
     assert len(seen) == 12 and losses[-1] < losses[0] - 0.05, "the twenty steps learn"
