@@ -23,18 +23,14 @@ import json
 import math
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TransferSpeedColumn
 
 from megallama.checkpoint.check import Survey, survey
 from megallama.checkpoint.checkpointer import LEAVING, UNFINISHED, checkpoint_folders
@@ -42,8 +38,8 @@ from megallama.checkpoint.drift import Comparison, Drift, Side, open_side, relat
 from megallama.checkpoint.formats.convert import SOURCES
 from megallama.checkpoint.store import MANIFEST
 from megallama.config import ModelConfig
+from megallama.runtime.progress import bytes_progress
 
-PLAIN_SECONDS = 10.0
 TOP = 20
 
 
@@ -116,36 +112,6 @@ def parse() -> argparse.Namespace:
         if not folder.is_dir():
             sys.exit(f"check_checkpoint: error: {folder}: no such folder")
     return arguments
-
-
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A live bar on a terminal, a line every few seconds elsewhere; told from several threads."""
-    console, lock = Console(stderr=True), threading.Lock()
-    started = last = time.monotonic()
-    done = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-
-        def report(more: int) -> None:
-            nonlocal done, last
-            with lock:
-                done += more
-                bar.update(task, completed=done)
-                now = time.monotonic()
-                if not console.is_terminal and now - last >= PLAIN_SECONDS:
-                    last = now
-                    rate = done / (now - started)
-                    console.print(f"{label} {done / total:.1%}, {rate / 1e6:,.0f} MB/s", soft_wrap=True)
-
-        yield report
 
 
 def count(n: int, what: str) -> str:
@@ -257,7 +223,7 @@ def check(arguments: argparse.Namespace) -> str:
     for folder in run.folders if run else [arguments.folder]:
         found = survey(folder, form)
         started = time.monotonic()
-        with progress(folder.name, found.nbytes) as report:
+        with bytes_progress(folder.name, found.nbytes) as report:
             found.read(report)
         seconds = time.monotonic() - started
         resumed = resumed or (folder.name if found.resumable else "")
@@ -322,7 +288,7 @@ def diff(arguments: argparse.Namespace) -> str:
 
     a, b = (open_side(folder, form, note) for folder, form in zip(arguments.diff, formats, strict=False))
     pair = Comparison(a, b)
-    with progress("comparing", pair.nbytes) as report:
+    with bytes_progress("comparing", pair.nbytes) as report:
         drifts = pair.read(report)
     if arguments.json:
         tensors = [

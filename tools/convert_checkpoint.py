@@ -27,14 +27,10 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TransferSpeedColumn
 
 from megallama.checkpoint.formats.convert import SOURCES, WRITERS, Target, convert, sizes
 from megallama.checkpoint.formats.hf import SHARD_BYTES
@@ -42,9 +38,9 @@ from megallama.checkpoint.formats.megatron import DIALECTS
 from megallama.checkpoint.formats.placement import unfinished
 from megallama.checkpoint.formats.source import Source
 from megallama.checkpoint.formats.tokenizer_files import fitting_tokenizer, tokenizer_in
+from megallama.runtime.progress import bytes_progress
 from megallama.train.prove import BOUND, prove, refuse_too_big
 
-PLAIN_SECONDS = 10.0
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 ONLY = {
@@ -134,35 +130,6 @@ def target_of(arguments: argparse.Namespace, source: Source) -> Target:
     )
 
 
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A live bar on a terminal, a line every few seconds elsewhere."""
-    console = Console(stderr=True)
-    started = last = time.monotonic()
-    done = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("converting", total=total)
-
-        def report(more: int) -> None:
-            nonlocal done, last
-            done += more
-            bar.update(task, completed=done)
-            now = time.monotonic()
-            if not console.is_terminal and now - last >= PLAIN_SECONDS:
-                last = now
-                rate = done / (now - started)
-                console.print(f"converting {done / total:.1%}, {rate / 1e6:,.0f} MB/s", soft_wrap=True)
-
-        yield report
-
-
 def peak() -> float:
     """Largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -199,7 +166,7 @@ def run(arguments: argparse.Namespace) -> None:
     todo = sizes(source, target.dtype)
     for path in unfinished(arguments.destination.resolve()):
         note(f"{path} is another attempt at this DST; unless it is still running, it was killed: remove that folder")
-    with progress(todo.stored) as report:
+    with bytes_progress("converting", todo.stored) as report:
         convert(source, arguments.target, arguments.destination, target, report)
     files = [path for path in arguments.destination.rglob("*") if path.is_file()]
     print(

@@ -149,10 +149,17 @@ class Zero1:
         """The same without the moments: what a converted checkpoint has, with which a new run starts."""
         return ((slot, {"weight": states["weight"]}) for slot, states in self.slots())
 
-    def load_weights(self, read: Callable[[str, Rect, Tensor], None]) -> None:
-        """Fill the masters from a source of canonical rectangles and gather the weights. Collective over dp."""
+    def load_weights(
+        self, read: Callable[[str, Rect, Tensor], None], meet: Callable[[], object] = lambda: None
+    ) -> None:
+        """Fill the masters from a source of canonical rectangles and gather the weights. Collective over dp.
+
+        Args:
+            meet: called between the two, where ranks may read at unequal speeds: the gather waits ten minutes at most.
+        """
         for slot, states in self.weights():
             read(slot.name, slot.rect, states["weight"])
+        meet()
         self.publish()
 
     def publish(self) -> None:

@@ -10,21 +10,26 @@ with Progress(total=200, start=0, every=10) as progress:
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 WINDOW = 50
 """Steps over which a step's time is averaged for the ETA: long enough to be calm, short enough to follow a ramp."""
+PLAIN_SECONDS = 10.0
+"""Between two plain lines of a tool that goes through bytes."""
 FRAME = 0.1
 """Seconds at least between two pictures of the bar."""
 
@@ -182,3 +187,37 @@ def rows(cells: list[Text], width: int) -> list[Text]:
         else:
             lines.append(cell)
     return lines
+
+
+@contextmanager
+def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """For tools that go through `total` bytes: a live bar on a terminal, a line every few seconds elsewhere.
+
+    Yields:
+        What to tell how many bytes more are done, from any thread.
+    """
+    console, lock = Console(stderr=True), threading.Lock()
+    started = last = time.monotonic()
+    done = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+
+        def report(more: int) -> None:
+            nonlocal done, last
+            with lock:
+                done += more
+                bar.update(task, completed=done)
+                now = time.monotonic()
+                if not console.is_terminal and now - last >= PLAIN_SECONDS:
+                    last = now
+                    rate = done / (now - started)
+                    console.print(f"{label} {done / total:.1%}, {rate / 1e6:,.0f} MB/s", soft_wrap=True)
+
+        yield report

@@ -101,9 +101,10 @@ def resume(
     assert optimizer is not None, "pretraining trains"
     for line in checkpointer.sweep():
         note(line)
-    own, named = checkpointer.folders(), None if source in ("auto", "none") or source.startswith(HF) else Path(source)
-    back = named is not None and named.parent.resolve() == checkpointer.root.resolve() and named.name
-    if own and (source == "none" or (back and back != own[0].name)):
+    named = None if source in ("auto", "none") or source.startswith(HF) else Path(source).resolve()
+    own, root = checkpointer.folders(), checkpointer.root.resolve()
+    goes_back = named is not None and named.parent == root and own and named.name != own[0].name
+    if own and (source == "none" or goes_back):
         raise ValueError(
             f"checkpoint.load={source}, but {checkpointer.root} goes on to {own[0].name}, which a restart would go on "
             f"from; remove the later checkpoints, or set another output_dir"
@@ -122,10 +123,7 @@ def resume(
         if source.startswith(HF):
             weights = HFSource(Path(source.removeprefix(HF)))
             require_model(weights, trainer.config.model)
-            for slot, states in optimizer.weights():
-                weights.read(slot.name, slot.rect, states["weight"])
-            checkpointer.meet()
-            optimizer.publish()
+            optimizer.load_weights(weights.read, checkpointer.meet)
             note(f"starting from the weights of {weights.folder}")
         return 0
     manifest = store.manifest
