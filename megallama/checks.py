@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megallama.config import Config, ModelConfig, ParallelConfig
+    from megallama.config import Config, GenerateConfig, ModelConfig, ParallelConfig
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 RECOMPUTE = ("none", "selective", "full")
 DTYPES = ("bfloat16", "float32", "float64")
 LR_SCHEDULES = ("cosine", "constant")
+HEADS = ("lm", "scalar")
+MARGINS = ("none", "small", "large")
+STARTS = ("eos", "bos", "none")
 
 Check = tuple[bool, str]
 """Whether a rule holds, and what to say if it does not."""
@@ -23,6 +27,8 @@ def rules(config: Config, world: int) -> Iterator[Check]:
     yield from _layout_checks(config.model, config.parallel, world)
     yield from _batch_checks(config, config.data_parallel(world))
     yield from _value_checks(config)
+    yield from _alignment_checks(config)
+    yield from _generate_checks(config.generate)
 
 
 def _model_checks(m: ModelConfig) -> Iterator[Check]:
@@ -39,6 +45,7 @@ def _model_checks(m: ModelConfig) -> Iterator[Check]:
         f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={kv}; "
         f"choose num_key_value_heads in {_divisors(heads)}",
     )
+    yield _one_of("model.head", m.head, HEADS)
     for key in ("rms_norm_eps", "rope_theta", "initializer_range"):
         yield getattr(m, key) > 0, f"model.{key}={getattr(m, key)} must be greater than 0"
 
@@ -129,7 +136,7 @@ def _value_checks(config: Config) -> Iterator[Check]:
     yield _one_of("train.dtype", t.dtype, DTYPES)
     yield _one_of("optim.schedule", o.schedule, LR_SCHEDULES)
     floors: list[tuple[str, float, int]] = [
-        ("train.steps", t.steps, 1),
+        ("train.steps", t.steps, 0),
         ("train.stop_after", 1 if t.stop_after is None else t.stop_after, 1),
         ("train.seed", t.seed, 0),
         ("train.valid_interval", t.valid_interval, 0),
@@ -147,6 +154,7 @@ def _value_checks(config: Config) -> Iterator[Check]:
     yield o.eps > 0, f"optim.eps={o.eps} must be greater than 0"
     for n, beta in enumerate(o.betas):
         yield 0 <= beta < 1, f"optim.betas={list(o.betas)}: entry {n} is {beta}, it must be in [0, 1)"
+    yield 0 <= o.warmup_share <= 1, f"optim.warmup_share={o.warmup_share} must be in [0, 1]"
     yield 0 <= o.min_lr_ratio <= 1, f"optim.min_lr_ratio={o.min_lr_ratio} must be in [0, 1]"
     yield 0 <= d.split < 1, f"data.split={d.split} must be in [0, 1): the share held out for validation"
     for source in d.sources:
@@ -158,6 +166,55 @@ def _value_checks(config: Config) -> Iterator[Check]:
             0 <= t.profile.start < t.profile.stop,
             f"train.profile: start={t.profile.start} and stop={t.profile.stop} must satisfy 0 <= start < stop",
         )
+
+
+def _alignment_checks(config: Config) -> Iterator[Check]:
+    sft, reward, judges, rejection, ppo = config.sft, config.reward, config.judges, config.rejection, config.ppo
+    yield _one_of("reward.margin", reward.margin, MARGINS)
+    floors: list[tuple[str, float, int]] = [
+        ("sft.epochs", sft.epochs, 1),
+        ("reward.epochs", reward.epochs, 1),
+        ("reward.safety_weight", reward.safety_weight, 0),
+        ("rejection.samples", rejection.samples, 1),
+        ("rejection.max_new_tokens", rejection.max_new_tokens, 1),
+        ("rejection.part", rejection.part, 1),
+        ("ppo.rollouts", ppo.rollouts, 1),
+        ("ppo.max_new_tokens", ppo.max_new_tokens, 1),
+        ("ppo.beta", ppo.beta, 0),
+        ("ppo.value_clip", ppo.value_clip, 0),
+        ("ppo.patience", ppo.patience, 0),
+    ]
+    yield from (_at_least(*floor) for floor in floors)
+    for key, sources in (("sft.sources", sft.sources), ("reward.sources", reward.sources)):
+        for source in sources:
+            ok = source.share is None or 0 < source.share < 1
+            yield ok, f"{key}: {source.path} has share {source.share}; a share lies between 0 and 1, null = all records"
+    for temperature in rejection.temperatures:
+        yield temperature > 0, f"rejection.temperatures has {temperature}; temperatures are greater than 0"
+    yield (
+        len(set(rejection.temperatures)) == len(rejection.temperatures) > 0,
+        (f"rejection.temperatures={list(rejection.temperatures)} must name at least one, and each once"),
+    )
+    yield 0 < judges.threshold < 1, f"judges.threshold={judges.threshold} must be a probability, such as 0.15"
+    yield ppo.temperature > 0, f"ppo.temperature={ppo.temperature} must be greater than 0"
+    for name, value in (("clip", ppo.clip), ("discount", ppo.discount), ("gae_lambda", ppo.gae_lambda)):
+        yield 0 <= value <= 1, f"ppo.{name}={value} must be in [0, 1]"
+
+
+def _generate_checks(g: GenerateConfig) -> Iterator[Check]:
+    yield _one_of("generate.start", g.start, STARTS)
+    floors: list[tuple[str, float, int]] = [
+        ("generate.tp", 1 if g.tp is None else g.tp, 1),
+        ("generate.rows", g.rows, 1),
+        ("generate.max_new_tokens", g.max_new_tokens, 1),
+        ("generate.temperature", g.temperature, 0),
+        ("generate.top_k", g.top_k, 0),
+        ("generate.seed", g.seed, 0),
+    ]
+    yield from (_at_least(*floor) for floor in floors)
+    yield g.temperature < math.inf, f"generate.temperature={g.temperature} must be a number"
+    yield 0 < g.top_p <= 1, f"generate.top_p={g.top_p} must be greater than 0 and at most 1 (1 = all tokens)"
+    yield "" not in g.stop, "generate.stop has an empty text, which every answer holds; remove it"
 
 
 def _at_least(key: str, value: float, floor: int) -> Check:

@@ -1,7 +1,8 @@
 """The configuration that users type: frozen dataclasses whose defaults are the Llama 2 paper's.
 
 `model.*` uses the names of HF's LlamaConfig. Nothing here imports torch, so `--help` and the planner start at once.
-A new section is a dataclass whose docstring has an `Args:` part, a field of `Config`, and its rules in checks.py.
+A new section is a dataclass whose docstring has an `Args:` part, a field of `Config`, and its rules in checks.py. Those
+of the stages that come after pretraining are in alignment.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megallama import checks, options
-from megallama.presets import PRESETS
+from megallama.alignment import (
+    ChatConfig,
+    JudgesConfig,
+    PpoConfig,
+    RejectionConfig,
+    RewardConfig,
+    SftConfig,
+)
+from megallama.presets import PRESETS, RECIPES
+
+LM, SCALAR = "lm", "scalar"
+"""The heads that a model may have."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class ModelConfig:
         rope_theta: base of the rotary embedding's wavelengths.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: share one matrix between the token embedding and the LM head.
+        head: lm, or scalar: one number a token (reward models and critics; their stages set it themselves).
     """
 
     preset: str | None = None
@@ -44,6 +57,12 @@ class ModelConfig:
     rope_theta: float = 10000.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    head: str = LM
+
+    @property
+    def tied(self) -> bool:
+        """Whether the first and the last stage share a matrix; a scalar head shares nothing."""
+        return self.tie_word_embeddings and self.head == LM
 
     @property
     def head_dim(self) -> int:
@@ -142,8 +161,10 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps of the whole run; the learning-rate schedule spans them (the paper: 2T tokens).
+            0 = as many as the epochs of sft or reward take. ppo: iterations.
         stop_after: end this process after that step; the schedule is unchanged. null = run to the end.
-        micro_batch_size: samples in one forward pass of one data-parallel replica.
+        micro_batch_size: samples in one forward pass of one data-parallel replica. A sample of sft is a packed
+            sequence, of reward a pair, of ppo a dialogue.
         global_batch_size: samples a step over all replicas (the paper: 4M tokens = 1024 x 4096).
         ramp: batch-size ramp; null = none.
         seed: seeds weights and sample order.
@@ -177,6 +198,7 @@ class OptimConfig:
         lr: peak learning rate.
         min_lr_ratio: the cosine ends at lr * min_lr_ratio.
         warmup_steps: steps of linear warm-up.
+        warmup_share: share of all steps that the warm-up takes, if that is more than warmup_steps.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
         weight_decay: decoupled decay; norms and biases are excluded.
@@ -187,6 +209,7 @@ class OptimConfig:
     lr: float = 3e-4
     min_lr_ratio: float = 0.1
     warmup_steps: int = 2000
+    warmup_share: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
     weight_decay: float = 0.1
@@ -203,8 +226,9 @@ class CheckpointConfig:
         keep: newest checkpoints kept; 0 = all.
         async_save: write in the background; steps wait only for the copy to host memory, which takes 12 bytes a
             parameter, shared by the ranks.
-        load: where to start while output_dir has no checkpoint: auto or none = anew, a checkpoint's folder (of another
-            run, or converted), hf:FOLDER.
+        load: where to start while output_dir has no checkpoint: auto or none = anew, a checkpoint's folder = go on
+            from it with its step and optimizer, weights:FOLDER = step 0 with the weights of a run, a checkpoint or a
+            Hugging Face model (hf:FOLDER: the last only).
         export_hf: folder for an HF export at the end; null = none.
     """
 
@@ -230,15 +254,39 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Greedy continuations by the run's newest checkpoint (stage `generate`).
+    """Answers of a model (stages `generate` and `chat`). dp = world / tp replicas answer side by side.
 
     Args:
-        prompts: texts to continue.
-        max_new_tokens: most tokens added to each.
+        prompts: texts to answer or to continue.
+        file: the same from a file: .txt (one a line), or records (.jsonl, .json, .parquet) with a prompt or messages.
+        chat: put prompts into the chat template; else their text is continued.
+        start: token before a text that is continued: eos (as between the documents of pretraining), bos or none.
+        model: a run, a checkpoint or a Hugging Face model; null = output_dir's newest checkpoint.
+        tp: tensor-parallel ranks; null = parallel.tp.
+        rows: most sequences that a replica decodes together.
+        max_new_tokens: most tokens of an answer.
+        temperature: divides the logits; 0 = always the most probable token.
+        top_k: choose among so many most probable tokens; 0 = all.
+        top_p: choose among the fewest most probable tokens whose probabilities reach this sum (after top_k).
+        stop: texts that end an answer, and are cut off.
+        seed: of the answers; the n-th prompt's is the same in every layout.
+        output: JSON lines of answers; null = print them.
     """
 
-    prompts: tuple[str, ...] = ("The",)
-    max_new_tokens: int = 48
+    prompts: tuple[str, ...] = ()
+    file: str | None = None
+    chat: bool = False
+    start: str = "eos"
+    model: str | None = None
+    tp: int | None = None
+    rows: int = 64
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 1234
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +301,13 @@ class Config:
         optim: optimizer and schedule.
         checkpoint: saving and loading.
         log: logging.
-        generate: continuations of prompts.
+        chat: how dialogues become tokens.
+        sft: supervised fine-tuning.
+        reward: reward models.
+        judges: the reward models that score answers.
+        rejection: rejection sampling.
+        ppo: proximal policy optimisation.
+        generate: answers to prompts, and chat.
         output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, logs/.
     """
 
@@ -264,6 +318,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    judges: JudgesConfig = field(default_factory=JudgesConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     output_dir: str = "runs/default"
 
@@ -287,10 +347,11 @@ class Config:
                 raise ValueError(message)
 
 
-def load(argv: Sequence[str]) -> Config:
+def load(argv: Sequence[str], stage: str = "pretrain") -> Config:
     """The configuration that a command line describes: `--config FILE` and `--section.key value` over it.
 
-    `model.preset` supplies the shape; keys of the model given explicitly override it.
+    `model.preset` supplies the shape; keys of the model given explicitly override it. The paper's recipe of the stage
+    supplies what is not given.
 
     Raises:
         ValueError: unknown key (names the nearest one), wrong type, unreadable file, unknown preset.
@@ -302,7 +363,7 @@ def load(argv: Sequence[str]) -> Config:
         if preset not in PRESETS:
             raise ValueError(f"unknown model.preset {preset}; choose one of {', '.join(PRESETS)}")
         given["model"] = {**PRESETS[preset], **model}
-    return options.build(Config, given)
+    return options.build(Config, options.merge(RECIPES.get(stage, {}), given))
 
 
 def dump(config: Config) -> str:

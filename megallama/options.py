@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -103,6 +103,15 @@ def build(cls: Any, given: dict[str, Any]) -> Any:
     return cls(**{k: value(hints[k], x) for k, x in given.items()})
 
 
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts, key by key; `above` wins."""
+    merged = dict(below) | dict(above)
+    for key in set(below) & set(above):
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = merge(below[key], above[key])
+    return merged
+
+
 def dump(instance: Any) -> str:
     """An instance of a dataclass as YAML, every key spelled out; `parse` and `build` read it back equal."""
 
@@ -114,8 +123,13 @@ def dump(instance: Any) -> str:
     return yaml.dump(plain(asdict(instance)), Dumper=_Dumper, sort_keys=False)
 
 
-def describe(cls: Any) -> str:
-    """The keys below `cls` with their types, help and defaults, one section after the other: the text of `--help`."""
+def describe(cls: Any, recipe: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The keys below `cls` with their types, help and defaults, one section after the other: the text of `--help`.
+
+    Args:
+        recipe: section -> key -> default, where it is another than the class's.
+    """
+    special = {f"{section}.{key}": value for section, keys in (recipe or {}).items() for key, value in keys.items()}
     lines: list[str] = []
     lists: set[str] = set()  # sections of which there are several: their keys are not options by themselves
     for o in options(cls):
@@ -125,7 +139,8 @@ def describe(cls: Any) -> str:
         if nested(o.hint) and get_origin(o.hint) is tuple:
             lists.add(o.key)
         dashes = "  " if o.key.rpartition(".")[0] in lists else "--"
-        default = "(required)" if o.default is MISSING else f"[{_spell(o.default)}]"
+        given = special.get(o.key, o.default)
+        default = "(required)" if given is MISSING else f"[{_spell(given)}]"
         left = f"  {dashes}{o.key} {_type_name(o.hint)}"
         first, *more = textwrap.wrap(f"{o.help} {default}", 73)
         lines += [f"{left:<46} {first}", *(" " * 47 + line for line in more)]

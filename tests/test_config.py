@@ -214,7 +214,7 @@ SMALL = [
         (1, "--optim.eps 0", ["optim.eps"]),
         (1, "--optim.min_lr_ratio 2", ["optim.min_lr_ratio=2"]),
         (1, "--optim.schedule linear", ["linear", "cosine, constant"]),
-        (1, "--train.steps 0", ["train.steps=0"]),
+        (1, "--train.steps -1", ["train.steps=-1"]),
         (1, "--train.stop_after 0", ["train.stop_after=0"]),
         (1, "--train.profile.start 3 --train.profile.stop 3", ["train.profile"]),
         (1, "--checkpoint.keep -1", ["checkpoint.keep=-1"]),

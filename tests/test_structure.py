@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "megallama": 0,  # the package's face
     "megallama.config": 0,
+    "megallama.alignment": 0,
     "megallama.checks": 0,
     "megallama.options": 0,
     "megallama.presets": 0,
@@ -37,7 +38,7 @@ FLOORS = {
 """Floor of a file, or of every file of a room that is not named itself."""
 
 SAME_FLOOR = {
-    "megallama.config": {"megallama.checks", "megallama.options", "megallama.presets"},
+    "megallama.config": {"megallama.alignment", "megallama.checks", "megallama.options", "megallama.presets"},
     "megallama.__main__": {"megallama.cli"},
 }
 NEVERS = {
@@ -45,7 +46,17 @@ NEVERS = {
     "megallama.model": {"megallama.pipeline", "megallama.optim", "megallama.train"},
     "megallama.data": {"megallama.config", "megallama.pipeline"},
 }
-TORCH_FREE = ("config", "checks", "options", "presets", "plan", "cli", "pipeline.program", "pipeline.schedules")
+TORCH_FREE = (
+    "config",
+    "alignment",
+    "checks",
+    "options",
+    "presets",
+    "plan",
+    "cli",
+    "pipeline.program",
+    "pipeline.schedules",
+)
 SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "megallama").rglob("*.py"))

@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from megallama.checkpoint.store import FileRecord, Store, Stored, write_manifest, write_rectangles
 from megallama.checkpoint.tensors import sync
-from megallama.config import ModelConfig
+from megallama.config import LM, ModelConfig
 from megallama.model.canonical import TRAINING_ONLY, canonical_shapes
 from megallama.parallel.pieces import Piece, Slot
 from megallama.runtime.mesh import Mesh
@@ -35,6 +36,12 @@ LEAVING = ".old" + UNFINISHED
 
 ALIGN = 64
 """Bytes to which tensors are aligned in the host copy."""
+
+BESIDE = "beside"
+"""Key of a manifest: models beside the main one, by name."""
+
+SINCE = {"head": LM}
+"""Keys of a model that older manifests do not have, with what they then mean."""
 
 SLOWEST = timedelta(hours=2)
 """That ranks wait for each other's disks. Dead ranks end the run much earlier (runtime.faults)."""
@@ -102,11 +109,23 @@ class Checkpointer:
         keep: newest checkpoints kept; 0 = all.
         background: write in a thread; the step loop waits only for the copy to host memory, and, where saves overlap,
             for the save before.
+        beside: models that are saved in the same checkpoints, by name; tensor t of model n is stored as n.t.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, model: ModelConfig, keep: int = 0, background: bool = False):
+    def __init__(
+        self,
+        root: Path,
+        mesh: Mesh,
+        model: ModelConfig,
+        keep: int = 0,
+        background: bool = False,
+        beside: Mapping[str, ModelConfig] = MappingProxyType({}),
+    ):
         self.root, self.mesh, self.model, self.keep, self.background = root, mesh, model, keep, background
+        self.beside = beside
         self.shapes = canonical_shapes(model)
+        for name, other in beside.items():
+            self.shapes |= {f"{name}.{tensor}": shape for tensor, shape in canonical_shapes(other).items()}
         # A group of its own, because the writer thread talks while the step loop uses the others.
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST) if mesh.world.size > 1 else None
         self._host = HostCopy()
@@ -170,6 +189,8 @@ class Checkpointer:
                 if faults := [found for found in records if isinstance(found, str)]:
                     raise OSError("; ".join(faults))
                 meta = {"step": step, "model": manifest_model(self.model), **meta}
+                if self.beside:
+                    meta[BESIDE] = {name: manifest_model(other) for name, other in self.beside.items()}
                 write_manifest(folder, records, self.shapes, meta)
                 _remove(final)  # a damaged one of a course that was given up
                 folder.rename(final)
@@ -302,11 +323,13 @@ class Checkpointer:
 
     def _require_model(self, store: Store) -> None:
         """Shapes alone do not tell models apart: heads, rotary base and epsilon leave them as they are."""
-        theirs = store.manifest["model"]
+        pairs = [("", self.model, store.manifest["model"])]
+        pairs += [(f"{n}.", model, store.manifest.get(BESIDE, {}).get(n, {})) for n, model in self.beside.items()]
         wrong = [
-            f"{key} is {theirs.get(key)} there, {value} here"
-            for key, value in manifest_model(self.model).items()
-            if key not in TRAINING_ONLY and theirs.get(key) != value
+            f"{where}{key} is {theirs.get(key, SINCE.get(key))} there, {value} here"
+            for where, model, theirs in pairs
+            for key, value in manifest_model(model).items()
+            if key not in TRAINING_ONLY and theirs.get(key, SINCE.get(key)) != value
         ]
         if wrong:
             raise ValueError(

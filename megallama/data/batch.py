@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
 """Label of a token that carries no loss (HF's and PyTorch's convention)."""
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens: what generation puts in the place of attention inside `bounds`.
+
+    Attributes:
+        wanted: (n,) the places whose logits are wanted.
+    """
+
+    wanted: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, heads, head_dim), k and v (T, kv heads, head_dim) of block `layer` -> (T, heads * head_dim)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,9 @@ class Batch:
         labels: int64 (T,), the token to predict at each place, or IGNORE.
         positions: int64 (T,), rotary position of each token.
         bounds: offsets 0 = b0 < b1 < … < bn = T; attention is causal and stays inside each [b_i, b_i+1).
-        count: labels that are not IGNORE, in this micro-batch.
+        count: what the loss is divided by, summed over the global batch: labels that are not IGNORE, or pairs.
+        extras: what a stage's own loss reads beside the labels.
+        cache: of a generation, else None.
     """
 
     tokens: Tensor
@@ -29,6 +46,8 @@ class Batch:
     positions: Tensor
     bounds: tuple[int, ...]
     count: int
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    cache: Cache | None = None
 
     @property
     def length(self) -> int:
@@ -59,7 +78,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch with its tensors on `device`."""
+        if self.tokens.device == device:
+            return self
         tokens, labels, positions = (
             x.to(device, non_blocking=True) for x in (self.tokens, self.labels, self.positions)
         )
-        return Batch(tokens, labels, positions, self.bounds, self.count)
+        extras = {name: x.to(device, non_blocking=True) for name, x in self.extras.items()}
+        return replace(self, tokens=tokens, labels=labels, positions=positions, extras=extras)

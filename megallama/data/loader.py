@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar, cast
 
@@ -17,55 +18,21 @@ Plan = Callable[[int], tuple[int, int]]
 """step -> (first global sample, samples of the step): where a batch-size ramp lives."""
 
 
-class Loader:
-    """Samples of a mixture as micro-batches.
+class Loader(ABC):
+    """Samples as micro-batches.
 
     A step's samples are first_sample … first_sample + G - 1, whatever the layout. Data-parallel rank r takes the r-th
     of dp equal runs of consecutive samples and cuts it into micro-batches in order; so dp and the micro-batch size
     decide who computes a sample, never whether it belongs to the step.
-
-    Args:
-        mixture: the samples.
-        mask_documents: attention and positions restart at each document (data.mask_documents).
-        multiple: a micro-batch is padded to a multiple of this many tokens (parallel.tp).
-        vocab_size: ids must lie below it (model.vocab_size); empty = not checked.
     """
 
-    def __init__(
-        self, mixture: Mixture, mask_documents: bool = False, multiple: int = 1, vocab_size: int | None = None
-    ):
-        self.mixture, self.mask_documents, self.multiple = mixture, mask_documents, multiple
-        self.vocab_size = vocab_size
-
+    @abstractmethod
     def micros(self, first_sample: int, dp_rank: int, dp_size: int, micro_batch_size: int, count: int) -> list[Batch]:
         """The `count` micro-batches of one replica for the step of dp_size * micro_batch_size * count samples.
 
         Raises:
-            ValueError: a token id does not fit the vocabulary, or a data file is damaged.
+            ValueError: a sample is damaged or does not fit the model.
         """
-        size = micro_batch_size * count
-        first = first_sample + dp_rank * size
-        samples = self.mixture.read(range(first, first + size), self.mask_documents)
-        for i, sample in enumerate(samples, first):
-            self._check(i, sample)
-        return [self._pack(samples[m * micro_batch_size : (m + 1) * micro_batch_size]) for m in range(count)]
-
-    def _check(self, i: int, sample: Sample) -> None:
-        """Without this a tensor-parallel embedding would turn foreign ids into zeros without a word."""
-        low, high = int(sample.tokens.min()), int(sample.tokens.max())
-        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
-            source = self.mixture.corpora[self.mixture.locate(i).source].dataset.prefix
-            raise ValueError(
-                f"source {source}: sample {i} holds ids {low} to {high}, but model.vocab_size={self.vocab_size}; "
-                "was it preprocessed with another tokenizer?"
-            )
-
-    def _pack(self, samples: list[Sample]) -> Batch:
-        rows = []
-        for sample in samples:
-            tokens = torch.from_numpy(sample.tokens)
-            rows.append((tokens[:-1], tokens[1:]))
-        return Batch.pack(rows, self.multiple, [sample.document_starts for sample in samples])
 
     def steps(
         self, steps: Iterable[int], plan: Plan, dp_rank: int, dp_size: int, micro_batch_size: int, depth: int = 2
@@ -90,6 +57,48 @@ class Loader:
             return self.micros(first, dp_rank, dp_size, micro_batch_size, count)
 
         return Prefetch(build, steps, depth)
+
+
+class CorpusLoader(Loader):
+    """Samples of a mixture of corpora, for pretraining.
+
+    Args:
+        mixture: the samples.
+        mask_documents: attention and positions restart at each document (data.mask_documents).
+        multiple: a micro-batch is padded to a multiple of this many tokens (parallel.tp).
+        vocab_size: ids must lie below it (model.vocab_size); empty = not checked.
+    """
+
+    def __init__(
+        self, mixture: Mixture, mask_documents: bool = False, multiple: int = 1, vocab_size: int | None = None
+    ):
+        self.mixture, self.mask_documents, self.multiple = mixture, mask_documents, multiple
+        self.vocab_size = vocab_size
+
+    def micros(self, first_sample: int, dp_rank: int, dp_size: int, micro_batch_size: int, count: int) -> list[Batch]:
+        size = micro_batch_size * count
+        first = first_sample + dp_rank * size
+        samples = self.mixture.read(range(first, first + size), self.mask_documents)
+        for i, sample in enumerate(samples, first):
+            self._check(i, sample)
+        return [self._pack(samples[m * micro_batch_size : (m + 1) * micro_batch_size]) for m in range(count)]
+
+    def _check(self, i: int, sample: Sample) -> None:
+        """Without this a tensor-parallel embedding would turn foreign ids into zeros without a word."""
+        low, high = int(sample.tokens.min()), int(sample.tokens.max())
+        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
+            source = self.mixture.corpora[self.mixture.locate(i).source].dataset.prefix
+            raise ValueError(
+                f"source {source}: sample {i} holds ids {low} to {high}, but model.vocab_size={self.vocab_size}; "
+                "was it preprocessed with another tokenizer?"
+            )
+
+    def _pack(self, samples: list[Sample]) -> Batch:
+        rows = []
+        for sample in samples:
+            tokens = torch.from_numpy(sample.tokens)
+            rows.append((tokens[:-1], tokens[1:]))
+        return Batch.pack(rows, self.multiple, [sample.document_starts for sample in samples])
 
 
 class Prefetch(Generic[T]):

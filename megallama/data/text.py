@@ -131,7 +131,7 @@ def cut(files: Sequence[str], reading: Reading, slice_bytes: int) -> list[tuple[
 def _slices(path: str, reading: Reading, slice_bytes: int) -> Iterator[Slice]:
     (kind, compression), size = kind_of(path), os.path.getsize(path)
     if kind == PARQUET:
-        groups = max(1, _parquet(path).num_row_groups)
+        groups = max(1, open_parquet(path).num_row_groups)
         for g in range(groups):
             yield Slice(path, g, g + 1, size // groups)
     elif compression or (kind == TEXT and not reading.split_lines):
@@ -154,7 +154,7 @@ def read(piece: Slice, reading: Reading) -> Iterator[Record]:
         return
     with open(piece.path, "rb") as raw:
         try:
-            stream = _decompressed(raw, compression, piece.path)
+            stream = decompressed(raw, compression, piece.path)
             if kind == TEXT and not reading.split_lines:
                 lines = iter([stream.read(reading.max_document_bytes + 1)])
             else:
@@ -162,7 +162,7 @@ def read(piece: Slice, reading: Reading) -> Iterator[Record]:
             for number, line in enumerate(lines, 1):
                 done = raw.tell() if compression else stream.tell() - piece.start
                 yield _record(number, line, kind, reading, min(done, piece.size))
-        except (EOFError, gzip.BadGzipFile, zlib.error, _zstd_error()) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstd_error()) as error:
             raise ValueError(f"{piece.path}: the compressed data is damaged ({error}); mend or remove it") from None
 
 
@@ -227,7 +227,7 @@ def _document(fields: Any, keys: Sequence[str]) -> str:
     return "\n\n".join(fields[key] for key in keys)
 
 
-def _decompressed(raw: IO[bytes], compression: str, path: str) -> IO[bytes]:
+def decompressed(raw: IO[bytes], compression: str, path: str) -> IO[bytes]:
     if compression == ".gz":
         return cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
     if compression == ".zst":
@@ -276,7 +276,7 @@ class _Blocks(io.RawIOBase):
         return size
 
 
-def _zstd_error() -> type[Exception]:
+def zstd_error() -> type[Exception]:
     """zstandard's own exception, or one that is never raised where the library is missing."""
     try:
         from zstandard import ZstdError
@@ -285,7 +285,7 @@ def _zstd_error() -> type[Exception]:
     return ZstdError
 
 
-def _parquet(path: str) -> Any:
+def open_parquet(path: str) -> Any:
     """A parquet file, opened without reading its rows."""
     try:
         import pyarrow
@@ -300,7 +300,7 @@ def _parquet(path: str) -> Any:
 
 def _read_rows(piece: Slice, reading: Reading) -> Iterator[Record]:
     """The rows of a slice's row groups."""
-    file = _parquet(piece.path)
+    file = open_parquet(piece.path)
     columns = [key for key in reading.json_keys if key in file.schema_arrow.names]
     if missing := sorted(set(reading.json_keys) - set(columns)):
         names = ", ".join(map(repr, file.schema_arrow.names[:8]))

@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`."""
 
+    def token_id(self, piece: str) -> int | None:
+        """The id of exactly this piece or added token, None where there is none."""
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the model: equal fingerprints encode equally."""
 
@@ -71,6 +74,10 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+    def token_id(self, piece: str) -> int | None:
+        found = self._processor.piece_to_id(piece)  # unknown pieces get the id of <unk>
+        return found if self._processor.id_to_piece(found) == piece else None
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model).hexdigest()
@@ -120,6 +127,9 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_id(self, piece: str) -> int | None:
+        return self._tokenizer.token_to_id(piece)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._content().encode()).hexdigest()

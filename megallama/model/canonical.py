@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from megallama.config import ModelConfig
+from megallama.config import SCALAR, ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 
 TRAINING_ONLY = ("preset", "initializer_range", "max_position_embeddings")
 """Keys of ModelConfig that do not change what given weights compute."""
@@ -35,6 +36,8 @@ def canonical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(model.num_hidden_layers):
         shapes |= {block_name(layer) + name: shape for name, shape in block.items()}
     shapes[FINAL_NORM] = (d,)
-    if not model.tie_word_embeddings:
+    if model.head == SCALAR:
+        shapes[SCORE] = (1, d)
+    elif not model.tie_word_embeddings:
         shapes[HEAD] = (model.vocab_size, d)
     return shapes

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megallama.config import ModelConfig
+from megallama.config import SCALAR, ModelConfig
 from megallama.data.batch import Batch
 from megallama.model.attention import attention
-from megallama.model.canonical import EMBEDDING, FINAL_NORM, HEAD, block_name
+from megallama.model.canonical import EMBEDDING, FINAL_NORM, HEAD, SCORE, block_name
 from megallama.model.rope import Rotation, rotation
 from megallama.model.segments import PLAIN, Segments
 from megallama.parallel.grads import PipelineStage, WeightGrads
-from megallama.parallel.layers import ColumnLinear, Part, RowLinear, VocabEmbedding, VocabHead
+from megallama.parallel.layers import ColumnLinear, Part, RowLinear, ScalarHead, VocabEmbedding, VocabHead
 from megallama.parallel.pieces import whole
 from megallama.runtime.mesh import Axis
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v) -> attended values: causal inside the batch's bounds, or over a cache."""
 
 
 class Span(NamedTuple):
@@ -50,9 +55,9 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.segments = heads, kv_heads, segments
 
-    def forward(self, qkv: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+    def forward(self, qkv: Tensor, turn: Rotation, attend: Attend) -> Tensor:
         """(T, (heads + 2 kv heads) * head_dim) -> (T, heads * head_dim)."""
-        return attention(*self.segments.split_rotate(qkv, turn, self.heads, self.kv_heads), bounds)
+        return attend(*self.segments.split_rotate(qkv, turn, self.heads, self.kv_heads))
 
 
 class SwiGLU(nn.Module):
@@ -101,25 +106,25 @@ class Block(nn.Module):
         self.swiglu = SwiGLU(segments)
         self.down = RowLinear(name + "mlp.down_proj.weight", d, ffn, tp, grads)
 
-    def forward(self, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, attend: Attend) -> Tensor:
         """(T/tp, hidden) -> (T/tp, hidden)."""
         if self.recompute == "full" and x.requires_grad:
-            return _recomputed(self._forward, x, turn, bounds)
-        return self._forward(x, turn, bounds)
+            return _recomputed(self._forward, x, turn, attend)
+        return self._forward(x, turn, attend)
 
-    def _forward(self, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+    def _forward(self, x: Tensor, turn: Rotation, attend: Attend) -> Tensor:
         qkv = self.qkv(self.input_norm(x))
         if self.recompute == "selective" and qkv.requires_grad:
-            attended = _recomputed(self.core, qkv, turn, bounds)
+            attended = _recomputed(self.core, qkv, turn, attend)
         else:
-            attended = self.core(qkv, turn, bounds)
+            attended = self.core(qkv, turn, attend)
         x = x + self.o(attended)
         return x + self.down(self.swiglu(self.gate_up(self.post_norm(x))))
 
 
-def _recomputed(run, x: Tensor, turn: Rotation, bounds: tuple[int, ...]) -> Tensor:
+def _recomputed(run, x: Tensor, turn: Rotation, attend: Attend) -> Tensor:
     """run(x, …), keeping only its inputs for backward; there is no dropout, so no random state to restore."""
-    return checkpoint(run, x, turn, bounds, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, x, turn, attend, use_reentrant=False, preserve_rng_state=False)
 
 
 class Stage(PipelineStage):
@@ -134,27 +139,35 @@ class Stage(PipelineStage):
         super().__init__()
         self.model, self.span, self.tp = model, span, tp
         self.grads = WeightGrads()
-        vocab, d, tie = model.vocab_size, model.hidden_size, model.tie_word_embeddings
+        vocab, d, tie = model.vocab_size, model.hidden_size, model.tied
         split = tie and not (span.embed and span.head)
         self.embed = VocabEmbedding(EMBEDDING, vocab, d, tp, self.grads, split) if span.embed else None
         self.blocks = nn.ModuleList(
             Block(model, n, tp, self.grads, recompute, segments) for n in range(span.first, span.last)
         )
         self.norm = RMSNorm(FINAL_NORM, d, model.rms_norm_eps, segments) if span.head else None
-        self.head = VocabHead(EMBEDDING if tie else HEAD, vocab, d, tp, self.grads, split) if span.head else None
-        if tie and self.embed and self.head:
-            self.head.share(self.embed.weight)
+        self.head: VocabHead | ScalarHead | None = None
+        if span.head and model.head == SCALAR:
+            self.head = ScalarHead(SCORE, d, tp)
+        elif span.head:
+            self.head = VocabHead(EMBEDDING if tie else HEAD, vocab, d, tp, self.grads, split)
+            if tie and self.embed:
+                self.head.share(self.embed.weight)
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
-        """Hidden states (T/tp, hidden), or None on the first stage -> hidden states, or logits (T, vocab/tp)."""
+        """Hidden states (T/tp, hidden), or None on the first stage -> hidden states; on the last stage logits
+        (T, vocab/tp), those of the cache's wanted tokens (n, vocab/tp), or a scalar head's values (T, 1)."""
         if self.embed is not None:
             x = self.embed(batch.tokens)
         assert x is not None, "only the first stage starts from tokens"
         turn = rotation(batch.positions, self.model.head_dim, self.model.rope_theta, x.dtype)
-        for block in self.blocks:
-            x = block(x, turn, batch.bounds)
+        cache = batch.cache
+        for number, block in enumerate(self.blocks, self.span.first):
+            attend = partial(attention, bounds=batch.bounds) if cache is None else partial(cache.attend, number)
+            x = block(x, turn, attend)
         if self.norm is not None and self.head is not None:
-            x = self.head(self.norm(x))
+            x = self.norm(x)
+            x = self.head(x) if cache is None else self.head.select(x, cache.wanted)
         return x
 
     def units(self) -> list[nn.Module]:

@@ -20,10 +20,12 @@ SHAPES = {"cosine": _cosine, "constant": _constant}
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Rate of step `step` = 1 … steps: linear warm-up that reaches the peak at step warmup_steps, then the schedule,
-    which reaches lr * min_lr_ratio at the last step (Llama 2 paper, section 2.2)."""
-    if step < optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
+    """Rate of step `step` = 1 … steps: linear warm-up that reaches the peak at step warmup_steps (or after warmup_share
+    of all steps, if that is later), then the schedule, which reaches lr * min_lr_ratio at the last step (Llama 2 paper,
+    section 2.2)."""
+    warmup = max(optim.warmup_steps, math.ceil(optim.warmup_share * steps))
+    if step < warmup:
+        return optim.lr * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     share = SHAPES[optim.schedule](progress)
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)

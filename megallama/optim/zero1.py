@@ -166,6 +166,10 @@ class Zero1:
         """Gather all weights from the masters and wait for them. Collective over dp."""
         for bucket in self._all():
             bucket.publish()
+        self.ready()
+
+    def ready(self) -> None:
+        """Wait until all weights are complete: for those who read them without a forward pass."""
         for bucket in self._all():
             bucket.ready()
 

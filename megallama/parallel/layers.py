@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megallama.parallel.collectives import all_gather, reduce_scatter, start_all_gather, start_reduce_scatter
 from megallama.parallel.grads import WeightGrads
-from megallama.parallel.pieces import Piece, shard
+from megallama.parallel.pieces import Piece, shard, whole
 from megallama.runtime.mesh import Axis
 
 
@@ -171,6 +171,48 @@ class VocabHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T/tp, hidden) -> logits (T, ceil(vocab/tp))."""
         return _Column.apply(x, self.weight, self.axis, self.grads)
+
+    def select(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """(T/tp, hidden) -> logits (n, ceil(vocab/tp)) of the tokens at `tokens` (n,); without gradients."""
+        return all_gather(x, self.axis)[tokens] @ self.weight.t()
+
+
+class _GatherEqual(torch.autograd.Function):
+    """y (T, 1) = gather(x), read by equal consumers on every rank.   dx (T/tp, 1) = this rank's part of dy.
+
+    Every rank's dy is the whole gradient already: a reduce-scatter would count it tp times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.chunk(ctx.axis.size)[ctx.axis.rank], None
+
+
+class ScalarHead(nn.Module):
+    """One number for each token (reward models, critics): weight (1, hidden), whole on every tp rank.
+
+    Each rank scores its own tokens and only the scores are gathered, so that a copy's gradient is a part, as a norm's.
+    """
+
+    def __init__(self, name: str, hidden: int, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.weight = nn.Parameter(torch.zeros(1, hidden))
+        self.pieces = {"weight": [whole(name, (1, hidden), "tp", partial=True)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T/tp, hidden) -> (T, 1) in at least fp32, equal on all tp ranks."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return _GatherEqual.apply(x.to(wide) @ self.weight.to(wide).t(), self.axis)
+
+    def select(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """(T/tp, hidden) -> (n, 1) of the tokens at `tokens` (n,)."""
+        return self(x)[tokens]
 
 
 def vocab_piece(name: str, vocab: int, hidden: int, axis: Axis, tied: bool) -> Piece:

@@ -7,7 +7,7 @@ recomputation is work of the layout, not of the model, and is not counted.
 
 from __future__ import annotations
 
-from megallama.config import ModelConfig, ParallelConfig
+from megallama.config import SCALAR, ModelConfig, ParallelConfig
 from megallama.pipeline import balance
 
 PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -53,11 +53,16 @@ def vocabulary_parameters(model: ModelConfig, tp: int = 1) -> int:
     return -(-model.vocab_size // tp) * model.hidden_size
 
 
+def head_parameters(model: ModelConfig, tp: int = 1) -> int:
+    """Parameters of the head on one of `tp` ranks; a scalar head is whole on each."""
+    return model.hidden_size if model.head == SCALAR else vocabulary_parameters(model, tp)
+
+
 def parameters(model: ModelConfig) -> int:
     """Parameters of the whole model; a tied embedding counts once."""
-    tables = 1 if model.tie_word_embeddings else 2
     blocks = model.num_hidden_layers * block_parameters(model)
-    return blocks + tables * vocabulary_parameters(model) + model.hidden_size
+    head = 0 if model.tied else head_parameters(model)
+    return vocabulary_parameters(model) + blocks + model.hidden_size + head
 
 
 def block_flops(model: ModelConfig, seq_length: int) -> int:
@@ -68,8 +73,8 @@ def block_flops(model: ModelConfig, seq_length: int) -> int:
 
 
 def head_flops(model: ModelConfig) -> int:
-    """Forward FLOPs of the LM head for one token: 2 * vocabulary * hidden."""
-    return 2 * model.vocab_size * model.hidden_size
+    """Forward FLOPs of the head for one token: 2 * vocabulary * hidden, or 2 * hidden of a scalar head."""
+    return 2 * head_parameters(model)
 
 
 def train_flops_per_token(model: ModelConfig, seq_length: int) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megallama.config import Config
+from megallama.config import SCALAR, Config
 from megallama.pipeline import build, peak_activations
-from megallama.plan.cost import block_parameters, stage_layers, vocabulary_parameters
+from megallama.plan.cost import block_parameters, head_parameters, stage_layers, vocabulary_parameters
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of one number of each train.dtype."""
@@ -59,8 +59,7 @@ def stage_parameters(config: Config, stage: int, layers: int) -> int:
     if stage == 0:
         count += vocabulary_parameters(model, tp)
     if stage == last:
-        shared = model.tie_word_embeddings and stage == 0
-        count += model.hidden_size + (0 if shared else vocabulary_parameters(model, tp))
+        count += model.hidden_size + (0 if model.tied and stage == 0 else head_parameters(model, tp))
     return count
 
 
@@ -89,6 +88,8 @@ def working_bytes(config: Config) -> int:
 
 def logits_bytes(config: Config) -> int:
     """Estimated bytes of one micro-batch's logits on a rank of the last stage, in at least float32."""
+    if config.model.head == SCALAR:
+        return 0
     width = max(WIDTH[config.train.dtype], 4)
     return _tokens(config) * width * -(-config.model.vocab_size // config.parallel.tp)
 

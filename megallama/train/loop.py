@@ -54,12 +54,26 @@ class Task:
         train: samples of the run.
         valid: held-out samples; None = no validation.
         fingerprints: of data and tokenizer, kept in checkpoints; a resumed run notes what has changed.
+        stage: by its name on the command line.
+        notes: lines to show at the start.
+        report: more numbers about the held-out samples at each validation; None = the loss alone. Collective.
     """
 
     loss: Loss
     train: Loader
     valid: Loader | None
     fingerprints: dict[str, Any]
+    stage: str = "pretrain"
+    notes: tuple[str, ...] = ()
+    report: Callable[[Trainer], dict[str, float]] | None = None
+
+
+def tell_failed_saves(checkpointer: Checkpointer, step: int, progress: Progress) -> bool:
+    """Note saves that failed; whether that of `step` is among them. Only rank 0 knows of any."""
+    failures = checkpointer.failed()
+    for failed, why in failures.items():
+        progress.note(f"no checkpoint of step {failed}, the run goes on: {why}")
+    return step in failures
 
 
 class Loop:
@@ -103,30 +117,24 @@ class Loop:
                 record = self._record(step, stats, time.perf_counter() - start)
                 if task.valid is not None and self._due(step, train.valid_interval, steps):
                     record["valid_loss"] = self.validate(task)
-                self._tell_failed_saves()
+                    record |= task.report(self.trainer) if task.report else {}
+                tell_failed_saves(self.checkpointer, self.trainer.done, self.progress)
                 self._report(step, stats, record)
                 tick()
                 if self._due(step, self.config.checkpoint.interval, steps) or stats.stop:
-                    self.save(task.fingerprints)
+                    self.save(task)
                 if stats.stop:
                     self.progress.note(f"stopped by {stop.name or 'a signal on another rank'} after step {step}")
                     break
                 start = time.perf_counter()
             self.checkpointer.wait()  # a second SIGTERM must not cut the last save off; a second Ctrl-C asks for that
-        if self._tell_failed_saves():
+        if tell_failed_saves(self.checkpointer, self.trainer.done, self.progress):
             raise ValueError(
                 f"the last checkpoint, of step {self.trainer.done}, could not be written; once it can be, the same "
                 f"command goes on from the one before"
             )
         if self.checkpointer.folder(self.trainer.done).is_dir():
             self.progress.note(f"checkpoint of step {self.trainer.done} in {self.checkpointer.root}")
-
-    def _tell_failed_saves(self) -> bool:
-        """Note saves that failed; whether the newest step's is among them. Only rank 0 knows of any."""
-        failures = self.checkpointer.failed()
-        for step, why in failures.items():
-            self.progress.note(f"no checkpoint of step {step}, the run goes on: {why}")
-        return self.trainer.done in failures
 
     @staticmethod
     def _due(step: int, interval: int, steps: range) -> bool:
@@ -166,7 +174,7 @@ class Loop:
         self.bad_steps = self.bad_steps + 1 if stats.skipped else 0
         if self.bad_steps >= self.config.train.max_bad_steps:
             self.checkpointer.wait()
-            self._tell_failed_saves()
+            tell_failed_saves(self.checkpointer, self.trainer.done, self.progress)
             raise ValueError(
                 f"{self.bad_steps} consecutive steps had non-finite gradients (train.max_bad_steps="
                 f"{self.config.train.max_bad_steps}); lower optim.lr={self.config.optim.lr}, check the data, "
@@ -185,14 +193,15 @@ class Loop:
         )
         return self.trainer.evaluate(batches, task.loss)
 
-    def save(self, fingerprints: dict[str, Any]) -> None:
+    def save(self, task: Task) -> None:
         """Write a checkpoint of the last step."""
         optimizer = self.trainer.optimizer
         assert optimizer is not None, "a frozen model has nothing to save"
         meta = {
             "consumed_samples": self.consumed,
             "updates": optimizer.updates,
-            "fingerprints": fingerprints,
+            "fingerprints": task.fingerprints,
+            "stage": task.stage,
         }
         self.checkpointer.save(self.trainer.done, optimizer.slots(), meta)
 

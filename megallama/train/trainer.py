@@ -192,9 +192,15 @@ class Trainer:
         return self._names[loss]
 
 
+def empty_trainer(config: Config, mesh: Mesh) -> Trainer:
+    """A trainer whose weights are still to be loaded."""
+    stages = build_stages(config, mesh)
+    return Trainer(config, mesh, stages, Zero1(stages, mesh, config.optim))
+
+
 def build_trainer(config: Config, mesh: Mesh) -> Trainer:
     """A trainer with freshly initialised weights. Collective."""
-    stages = build_stages(config, mesh)
-    optimizer = Zero1(stages, mesh, config.optim)
-    optimizer.load_weights(RandomWeights(config.model, config.train.seed).read)
-    return Trainer(config, mesh, stages, optimizer)
+    trainer = empty_trainer(config, mesh)
+    assert trainer.optimizer is not None, "it is to be trained"
+    trainer.optimizer.load_weights(RandomWeights(config.model, config.train.seed).read)
+    return trainer

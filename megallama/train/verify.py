@@ -120,7 +120,7 @@ class Verification:
         self.config, self.console, self.dtype = config, console, ""
         parallel, model = config.parallel, config.model
         shape = shrink(config, dist.get_world_size() if dist.is_initialized() else 1, 1, "float64").model
-        self.mesh = build_mesh(parallel.tp, parallel.pp, shape.num_key_value_heads, model.tie_word_embeddings, device)
+        self.mesh = build_mesh(parallel.tp, parallel.pp, shape.num_key_value_heads, model.tied, device)
 
     def run(self) -> bool:
         """Whether every precision agrees; the same on all ranks."""

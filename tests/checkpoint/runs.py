@@ -18,7 +18,7 @@ from megallama.data.batch import IGNORE, Batch
 from megallama.model.canonical import canonical_shapes
 from megallama.parallel.pieces import Rect, matrix
 from megallama.runtime.mesh import build_mesh
-from megallama.train.pretrain import resume
+from megallama.train.run import resume
 from megallama.train.trainer import NextToken, Trainer, build_trainer
 
 ROWS, LENGTH, VOCAB = 8, 12, 37

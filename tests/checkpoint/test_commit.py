@@ -26,7 +26,7 @@ from torch import Tensor
 from distributed import forkserver, run_ranks
 from megallama.checkpoint import Checkpointer, checkpoint_folders, checkpointer
 from megallama.config import CheckpointConfig, Config
-from megallama.train.pretrain import resume
+from megallama.train.run import resume
 from megallama.train.trainer import Trainer
 
 TINY = replace(MODEL, num_hidden_layers=1)

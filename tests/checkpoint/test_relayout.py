@@ -22,7 +22,7 @@ from megallama.optim import Zero1
 from megallama.optim.bucket import Bucket
 from megallama.parallel.pieces import Slot, matrix
 from megallama.runtime.mesh import sketch
-from megallama.train.pretrain import resume
+from megallama.train.run import resume
 from megallama.train.trainer import build_stages
 
 WORLDS = (1, 2, 4, 8)

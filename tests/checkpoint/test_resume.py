@@ -32,7 +32,7 @@ from megallama.checkpoint.store import Stored, write_manifest, write_rectangles
 from megallama.config import CheckpointConfig, Config, ModelConfig, OptimConfig
 from megallama.model.canonical import canonical_shapes
 from megallama.parallel.pieces import matrix
-from megallama.train.pretrain import resume
+from megallama.train.run import resume
 
 
 class Outcome(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from megallama.data import Corpus, Mixture
 from megallama.data.batch import IGNORE
-from megallama.data.loader import Loader, Prefetch
+from megallama.data.loader import CorpusLoader, Prefetch
 
 LENGTHS = [7, 30, 1, 12, 25, 25, 3, 60, 9]
 
@@ -24,7 +24,7 @@ def mixture(make_dataset) -> Mixture:
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_every_layout_sees_the_samples_of_the_step(mixture: Mixture, dp: int, micro: int):
     size = 24
-    loader = Loader(mixture)
+    loader = CorpusLoader(mixture)
     rows = []
     for rank in range(dp):
         for batch in loader.micros(100, rank, dp, micro, size // dp // micro):
@@ -36,7 +36,7 @@ def test_every_layout_sees_the_samples_of_the_step(mixture: Mixture, dp: int, mi
 
 
 def test_changing_the_micro_batch_size_moves_no_sample_to_another_rank(mixture: Mixture):
-    loader = Loader(mixture)
+    loader = CorpusLoader(mixture)
     for rank in range(2):
         ones = torch.cat([batch.tokens for batch in loader.micros(0, rank, 2, 1, 4)])
         fours = torch.cat([batch.tokens for batch in loader.micros(0, rank, 2, 4, 1)])
@@ -44,7 +44,7 @@ def test_changing_the_micro_batch_size_moves_no_sample_to_another_rank(mixture: 
 
 
 def test_masked_documents_restart_bounds_and_positions(mixture: Mixture):
-    (batch,) = Loader(mixture, mask_documents=True).micros(0, 0, 1, 8, 1)
+    (batch,) = CorpusLoader(mixture, mask_documents=True).micros(0, 0, 1, 8, 1)
     begins = {sum(LENGTHS[:k]) for k in range(len(LENGTHS))}  # ids are places in the stream
     expected, position = [], []
     for j, token in enumerate(batch.tokens.tolist()):
@@ -58,15 +58,15 @@ def test_masked_documents_restart_bounds_and_positions(mixture: Mixture):
 
 def test_padding_for_tensor_parallel_ranks(make_dataset):
     mixture = Mixture([Corpus(make_dataset(LENGTHS), 15)], [1.0], seed=3)
-    (batch,) = Loader(mixture, multiple=4).micros(0, 0, 1, 3, 1)
+    (batch,) = CorpusLoader(mixture, multiple=4).micros(0, 0, 1, 3, 1)
     assert batch.length == 48 and batch.count == 45 and batch.bounds == (0, 15, 30, 45, 48)
     assert batch.labels[45:].tolist() == [IGNORE] * 3
 
 
 def test_ids_beyond_the_vocabulary_are_named(mixture: Mixture):
-    Loader(mixture, vocab_size=172).micros(0, 0, 1, 10, 1)
+    CorpusLoader(mixture, vocab_size=172).micros(0, 0, 1, 10, 1)
     with pytest.raises(ValueError, match=r"source .*corpus: sample \d+ holds ids .* model.vocab_size=100"):
-        Loader(mixture, vocab_size=100).micros(0, 0, 1, 10, 1)
+        CorpusLoader(mixture, vocab_size=100).micros(0, 0, 1, 10, 1)
 
 
 def ramp(step: int) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def ramp(step: int) -> tuple[int, int]:
 
 
 def test_prefetched_equals_direct(mixture: Mixture):
-    loader = Loader(mixture, mask_documents=True, multiple=4)
+    loader = CorpusLoader(mixture, mask_documents=True, multiple=4)
     with loader.steps(range(6), ramp, dp_rank=1, dp_size=2, micro_batch_size=2) as batches:
         got = list(batches)
     assert [len(micros) for micros in got] == [1, 1, 2, 2, 2, 2]
@@ -89,7 +89,7 @@ def test_prefetched_equals_direct(mixture: Mixture):
 
 def test_a_batch_that_cannot_be_shared_out(mixture: Mixture):
     with (
-        Loader(mixture).steps(range(3), lambda step: (0, 7), 0, 2, 2) as batches,
+        CorpusLoader(mixture).steps(range(3), lambda step: (0, 7), 0, 2, 2) as batches,
         pytest.raises(ValueError, match=r"step 0: 7 samples are no multiple of train.micro_batch_size=2 x 2"),
     ):
         next(batches)

@@ -10,7 +10,7 @@ import torch
 from megallama.checkpoint import Checkpointer
 from megallama.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from megallama.runtime.mesh import build_mesh
-from megallama.train.pretrain import resume
+from megallama.train.run import resume
 from megallama.train.shrink import replica_batches
 from megallama.train.trainer import NextToken, Stats, Trainer, build_trainer
 

@@ -19,6 +19,7 @@ from megallama.checkpoint.formats.meta import open_meta, published_shards, write
 from megallama.checkpoint.formats.native import StoreSource, write_store
 from megallama.checkpoint.formats.placement import refuse_existing
 from megallama.checkpoint.formats.source import Source
+from megallama.config import SCALAR
 from megallama.parallel.pieces import Rect
 
 Note = Callable[[str], None]
@@ -71,6 +72,10 @@ WRITERS: dict[str, Callable[[Source, Path, Target], None]] = {
 }
 
 
+SCALAR_FORMATS = ("megallama", "hf")
+"""Those that know reward models."""
+
+
 class Watched:
     """A source that tells `report` how many bytes more have been read of it; what is read again does not count."""
 
@@ -120,6 +125,10 @@ def convert(source: Source, form: str, folder: Path, target: Target, report: Cal
         ValueError: the folder holds something, the disk is too full, the model cannot be laid out so, or the source is
             damaged.
     """
+    if source.model.head == SCALAR and form not in SCALAR_FORMATS:
+        raise ValueError(
+            f"{source.folder} is a reward model; its scalar head has a place in {' and '.join(SCALAR_FORMATS)} only"
+        )
     folder = refuse_existing(folder)
     above = next(path for path in folder.parents if path.exists())
     free, needed = shutil.disk_usage(above).free, sizes(source, target.dtype).written

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from megallama.checkpoint.formats.tokenizer_files import (
     write_json,
 )
 from megallama.checkpoint.tensors import DTYPES, Spec, TensorFile, TensorWriter
-from megallama.config import ModelConfig
+from megallama.config import LM, SCALAR, ModelConfig
 from megallama.model.canonical import EMBEDDING, HEAD, canonical_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +55,9 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """What HF takes for keys that a config.json omits; num_key_value_heads is then num_attention_heads."""
+
+HEADED = {LM: "LlamaForCausalLM", SCALAR: "LlamaForSequenceClassification"}
+"""What transformers calls a model with each head."""
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -92,6 +95,10 @@ def model_config(path: Path) -> ModelConfig:
     if missing := [key for key in REQUIRED if key not in given]:
         raise ValueError(f"{path}: {', '.join(missing)} missing; is the file complete?")
     config = checked_model(path, {**DEFAULTS, "num_key_value_heads": given["num_attention_heads"], **given}, {})
+    if HEADED[SCALAR] in (found.get("architectures") or []):
+        if found.get("num_labels", len(found.get("id2label") or [0])) != 1:
+            raise ValueError(f"{path}: a classifier of several labels; only one score (num_labels 1) can be read")
+        config = replace(config, head=SCALAR)
     if found.get("head_dim") not in (None, config.head_dim):
         raise ValueError(
             f"{path}: head_dim is {found['head_dim']}; only hidden_size / num_attention_heads = {config.head_dim} "
@@ -129,7 +136,7 @@ class HFSource(PlacedSource):
             if name not in placed:
                 raise ValueError(f"{folder}: tensor {name} is missing")
             layout[placed[name]][name] = whole(name, shape)
-        if model.tie_word_embeddings and HEAD in placed:  # stored once more
+        if model.tied and HEAD in placed:  # stored once more
             layout[placed[HEAD]][HEAD] = whole(EMBEDDING, shapes[EMBEDDING])
         for file, opened in files.items():
             stored = {name for name, place in placed.items() if place == file and not _BUFFER.fullmatch(name)}
@@ -180,7 +187,7 @@ def write_hf(
     tokenizer: Path | None = None,
     like: Path | None = None,
 ) -> None:
-    """Write weights as a folder for `LlamaForCausalLM.from_pretrained`; replaces an earlier export only.
+    """Write weights as a folder for `from_pretrained` of transformers' Llama; replaces an earlier export only.
 
     Host memory: one tensor. The folder appears complete, by a rename.
 
@@ -259,9 +266,10 @@ def _files(source: Source, dtype: torch.dtype | None, limit: int) -> tuple[Layou
 
 def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json in the keys that every version of transformers since 4.31 reads."""
-    shape = {key: value for key, value in asdict(model).items() if key != "preset"}
+    shape = {key: value for key, value in asdict(model).items() if key not in ("preset", "head")}
+    labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if model.head == SCALAR else {}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [HEADED[model.head]],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
@@ -269,6 +277,7 @@ def _config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_scaling": None,
         "torch_dtype": str(dtype).removeprefix("torch."),
         **shape,
+        **labels,
     }
 
 

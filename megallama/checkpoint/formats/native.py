@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallama.checkpoint.checkpointer import checkpoint_folders, manifest_model
+from megallama.checkpoint.checkpointer import BESIDE, checkpoint_folders, manifest_model
 from megallama.checkpoint.formats.placement import new_folder
 from megallama.checkpoint.formats.source import Source, checked_model, read_fitting, refuse_layers
 from megallama.checkpoint.formats.tokenizer_files import copy_along
@@ -39,7 +39,8 @@ class StoreSource:
         self.folder = self._store.folder
         self.model = _model(self._store)
         self.shapes = canonical_shapes(self.model)
-        for name in sorted({*self.shapes, *self._store.shapes}):
+        others = tuple(f"{other}." for other in self._store.manifest.get(BESIDE, ()))
+        for name in sorted({*self.shapes, *(n for n in self._store.shapes if not n.startswith(others))}):
             here, there = self.shapes.get(name), self._store.shapes.get(name)
             if here != there:
                 raise ValueError(f"{self.folder}: {name} has shape {there}, but its model section makes it {here}")

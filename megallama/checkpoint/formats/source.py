@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megallama.checkpoint.tensors import WINDOW
+from megallama.checks import HEADS
 from megallama.config import ModelConfig
 from megallama.model.canonical import TRAINING_ONLY
 from megallama.parallel.pieces import Rect, matrix
@@ -108,10 +109,12 @@ def checked_model(where: Path, values: Mapping[str, Any], names: Mapping[str, st
     """
     taken: dict[str, Any] = {}
     for key, value in values.items():
+        if key == "head" and value not in HEADS:
+            raise ValueError(f"{where}: {names.get(key, key)} is {value!r:.80}; it must be one of {', '.join(HEADS)}")
         kind, said = type(getattr(ModelConfig, key)), names.get(key, key)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{where}: {said} is {value!r:.80}; it must be of type {kind.__name__}")
-        if kind is not bool and not 0 < value < LIMITS[kind]:
+        if kind not in (bool, str) and not 0 < value < LIMITS[kind]:
             raise ValueError(f"{where}: {said} is {value!r:.80}; it must be positive, and below {LIMITS[kind]:.10g}")
         taken[key] = kind(value)
     model = ModelConfig(**taken)

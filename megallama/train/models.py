@@ -1,0 +1,99 @@
+"""Models from weights that exist: of a run, a checkpoint, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megallama.checkpoint.formats import HFSource, Source, StoreSource
+from megallama.checkpoint.formats.hf import CONFIG
+from megallama.config import SCALAR, Config, ModelConfig
+from megallama.model.canonical import SCORE, canonical_shapes
+from megallama.model.initial import RandomWeights
+from megallama.parallel.pieces import Rect, views
+from megallama.runtime.launch import TIMEOUT
+from megallama.runtime.mesh import Mesh, build_mesh
+from megallama.train.trainer import Trainer, build_stages
+
+KEPT = ("preset", "max_position_embeddings", "initializer_range")
+"""Keys of a model that a run may set otherwise than the weights it starts from."""
+
+
+def open_weights(path: str, note: Callable[[str], None] = lambda line: None) -> Source:
+    """The newest weights of a run, those of a checkpoint's folder, or a Hugging Face model.
+
+    Raises:
+        ValueError: there are none, or they are damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of a run, a checkpoint or a Hugging Face model")
+    return HFSource(folder) if (folder / CONFIG).is_file() else StoreSource(folder, note)
+
+
+class ScoredSource:
+    """The trunk of a language model under a new scalar head (the paper, section 3.2.2): its weights are random, the
+    same in every layout."""
+
+    def __init__(self, source: Source, seed: int):
+        self._source = source
+        self.folder, self.model = source.folder, replace(source.model, head=SCALAR)
+        self.shapes = canonical_shapes(self.model)
+        self._head = RandomWeights(self.model, seed)
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        return {**self._source.dtypes, SCORE: torch.float32}
+
+    def read(self, name: str, rect: Rect, out: Tensor) -> None:
+        """As the trunk's source, or the new head."""
+        (self._head if name == SCORE else self._source).read(name, rect, out)
+
+
+def scored(source: Source, seed: int) -> Source:
+    """The same weights with a scalar head: their own, or a new one."""
+    return source if source.model.head == SCALAR else ScoredSource(source, seed)
+
+
+def adopt(config: Config, model: ModelConfig, where: Path) -> Config:
+    """The configuration with the shape of the weights at `where`; keys of model.* may be left at their defaults.
+
+    Raises:
+        ValueError: a key is set to something else than what the weights have.
+    """
+    plain, given = ModelConfig(), config.model
+    chosen = {key: getattr(given, key) for key in KEPT if getattr(given, key) != getattr(plain, key)}
+    for f in fields(ModelConfig):
+        value, theirs = getattr(given, f.name), getattr(model, f.name)
+        if f.name not in (*KEPT, "head") and value not in (theirs, getattr(plain, f.name)):
+            raise ValueError(f"model.{f.name}={value}, but {where} has {theirs}; leave model.* out: weights bring it")
+    return replace(config, model=replace(model, **chosen))
+
+
+def mesh_for(model: ModelConfig, mesh: Mesh) -> Mesh:
+    """The mesh with the groups that `model` needs: those for copies of K/V heads and of a tied embedding depend on it.
+    Collective where new ones are made."""
+    copies = max(1, mesh.tp.size // model.num_key_value_heads)
+    if copies == mesh.kv.size and (not model.tied or mesh.pp.size == 1):
+        return mesh
+    return build_mesh(mesh.tp.size, mesh.pp.size, model.num_key_value_heads, model.tied, mesh.device, TIMEOUT)
+
+
+def frozen(config: Config, mesh: Mesh, source: Source) -> Trainer:
+    """A model that is not trained, with the weights of `source` and their shape. Every rank reads its own part."""
+    config = adopt(config, source.model, source.folder)
+    trainer = Trainer(config, mesh, build_stages(config, mesh), None)
+    fill(trainer, source)
+    return trainer
+
+
+@torch.no_grad()
+def fill(trainer: Trainer, source: Source) -> None:
+    """Read a frozen model's weights."""
+    for stage in trainer.stages.values():
+        for piece, view in views(stage):
+            source.read(piece.name, piece.rect, view)

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning (Llama 2 paper, section 3.1): packed dialogues, loss on the answers' tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megallama.config import Config
+from megallama.data import ChatFormat, Dialogue, Encoded, pack, read_dialogues
+from megallama.data.rows import DialogueLoader
+from megallama.runtime.mesh import Mesh
+from megallama.train.loop import Task
+from megallama.train.run import of_weights, run_stage
+from megallama.train.sources import chat_format, epoch_order, open_sources, with_steps
+from megallama.train.trainer import NextToken, empty_trainer
+
+
+def run(config: Config) -> int:
+    """Fine-tune as `config` says; returns the exit code. Every rank of the launch calls it."""
+    return run_stage(of_weights(config, "sft"), sft_task, empty_trainer)
+
+
+def sft_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
+    """Read, tokenise and pack the dialogues of all epochs; every rank does the same by itself.
+
+    Raises:
+        ValueError: a record is not valid, its prompt alone is as long as data.seq_length, or the tokenizer is wrong.
+    """
+    form, sft, data = chat_format(config), config.sft, config.data
+    sources = open_sources(sft.sources, sft.valid, read_dialogues, config, "sft")
+    dialogues, cut = encode(form, sources.records, data.seq_length)
+    shares = [source.share for source in sft.sources]
+    sequences: list[list[int]] = []
+    for epoch in range(sft.epochs):
+        order = epoch_order(sources.sizes, shares, config.train.seed, epoch)
+        packed = pack([len(dialogues[n].ids) for n in order], data.seq_length)
+        sequences += [[order[place] for place in sequence] for sequence in packed]
+    config = with_steps(config, len(sequences))
+
+    def loader(dialogues: Sequence[Encoded], sequences: Sequence[Sequence[int]]) -> DialogueLoader:
+        return DialogueLoader(dialogues, sequences, data.mask_documents, mesh.tp.size)
+
+    valid = None
+    if held := [record for records in sources.valid.values() for record in records]:
+        encoded, _ = encode(form, held, data.seq_length)
+        valid = loader(encoded, pack([len(dialogue.ids) for dialogue in encoded], data.seq_length))
+    tokens = sum(len(dialogues[n].ids) for sequence in sequences for n in sequence)
+    notes = [
+        f"{len(dialogues)} dialogues in {len(sequences)} sequences over {sft.epochs} epochs, "
+        f"{tokens / (len(sequences) * data.seq_length):.1%} full"
+    ]
+    if cut:
+        notes.append(f"{cut} of {len(dialogues)} dialogues are longer than data.seq_length={data.seq_length}: cut off")
+    fingerprints = {"format": form.fingerprint(), **sources.files}
+    loss = NextToken(config.model.vocab_size, mesh.tp)
+    validates = valid if config.train.valid_interval else None
+    return config, Task(loss, loader(dialogues, sequences), validates, fingerprints, "sft", tuple(notes))
+
+
+def encode(form: ChatFormat, dialogues: Sequence[Dialogue], longest: int) -> tuple[list[Encoded], int]:
+    """Dialogues as ids, those beyond `longest` without their end; and how many were cut.
+
+    Raises:
+        ValueError: nothing of an answer would be left; names file, line and both lengths.
+    """
+    encoded, cut = [], 0
+    for dialogue, whole in zip(dialogues, form.dialogues([d.messages for d in dialogues]), strict=True):
+        kept = Encoded(whole.ids[:longest], whole.train[:longest])
+        if not kept.train[1:].any():
+            raise ValueError(
+                f"{dialogue.origin}: no token of an answer is left to learn of {len(whole.ids)} tokens within "
+                f"data.seq_length={longest}; raise it, or remove the record"
+            )
+        cut += len(whole.ids) > longest
+        encoded.append(kept)
+    return encoded, cut

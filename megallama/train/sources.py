@@ -1,0 +1,105 @@
+"""Files of records as the training and held-out parts of a run: what fine-tuning and reward models have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from megallama.alignment import RecordsConfig
+from megallama.config import Config
+from megallama.data import ChatFormat, key, load_tokenizer, mix, permute
+
+T = TypeVar("T")
+HELD_OUT_KEY = 2
+"""Sets the key by which records are held out apart from those that order them."""
+
+
+@dataclass(frozen=True)
+class Sources(Generic[T]):
+    """Records of a run.
+
+    Attributes:
+        records: of all sources, one source after another.
+        sizes: records of each source.
+        valid: name -> held-out records.
+        files: name -> SHA-256 of every file, for checkpoints.
+    """
+
+    records: list[T]
+    sizes: tuple[int, ...]
+    valid: dict[str, list[T]]
+    files: dict[str, str]
+
+
+def open_sources(
+    sources: Sequence[RecordsConfig], valid: Sequence[str], read: Callable[[str], list[T]], config: Config, section: str
+) -> Sources[T]:
+    """Read all files. Without files of held-out records, data.split of each source is held out, at random by the seed.
+
+    Raises:
+        ValueError: no source, or a file or record is not valid (names file, line and field).
+    """
+    if not sources:
+        raise ValueError(f"{section}.sources is empty: name at least one {{path: …}} of records (docs/formats.md)")
+    records: list[T] = []
+    sizes: list[int] = []
+    held: dict[str, list[T]] = {name: read(name) for name in valid}
+    for number, source in enumerate(sources):
+        found = read(source.path)
+        count = 0 if valid else round(config.data.split * len(found))
+        order = permute(np.arange(len(found)), len(found), key(config.train.seed, number, HELD_OUT_KEY))
+        if count:
+            held[source.path] = [found[n] for n in sorted(order[:count].tolist())]
+        kept = sorted(order[count:].tolist())
+        if not kept:
+            raise ValueError(f"{source.path}: data.split={config.data.split} holds out all {len(found)} records")
+        records += [found[n] for n in kept]
+        sizes.append(len(kept))
+    names = [*(source.path for source in sources), *valid]
+    return Sources(records, tuple(sizes), held, {f"data {name}": digest(name) for name in names})
+
+
+def digest(path: str) -> str:
+    """SHA-256 (hex) of a file."""
+    total = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def epoch_order(sizes: Sequence[int], shares: Sequence[float | None], seed: int, epoch: int) -> list[int]:
+    """Numbers of the records (Sources.records) of one epoch, in its order."""
+    source, index = mix(sizes, shares, seed, epoch)
+    starts = np.cumsum([0, *sizes])
+    return (starts[source] + index).tolist()
+
+
+def with_steps(config: Config, samples: int) -> Config:
+    """train.steps as the epochs ask for, where it is 0; the last step takes what is left."""
+    if config.train.steps:
+        return config
+    return replace(config, train=replace(config.train, steps=math.ceil(samples / config.train.global_batch_size)))
+
+
+def chat_format(config: Config) -> ChatFormat:
+    """How this run's dialogues become tokens.
+
+    Raises:
+        ValueError: data.tokenizer is missing or does not fit the model.
+    """
+    if not config.data.tokenizer:
+        raise ValueError("data.tokenizer is empty: name the tokenizer of the model")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer has {tokenizer.vocab_size} ids, but model.vocab_size={config.model.vocab_size}; "
+            f"name the tokenizer that the model was trained with"
+        )
+    return ChatFormat(tokenizer, config.chat.separator)
