@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .text import BOM, PARQUET, TEXT, decompressed, open_parquet, zstd_error, kind_of
+from .text import BOM, PARQUET, TEXT, decompressed, kind_of, open_parquet, zstd_error
 
 A = TypeVar("A")
 B = TypeVar("B")

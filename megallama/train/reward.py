@@ -17,7 +17,7 @@ from megallama.train.loop import Task
 from megallama.train.ranking import Judged, RankingLoss, accuracy_by_rating, margin_of
 from megallama.train.run import of_weights, run_stage
 from megallama.train.scoring import scores
-from megallama.train.sources import chat_format, epoch_order, open_sources, with_steps
+from megallama.train.sources import chat_format, epoch_order, named, open_sources, with_steps
 from megallama.train.trainer import Trainer, empty_trainer
 
 Test = tuple[list[Pair], list[TokenPair]]
@@ -63,7 +63,9 @@ def encode(form: ChatFormat, pair: Pair, margin: str, longest: int) -> TokenPair
     Raises:
         ValueError: nothing that tells the two answers apart is left; names file and line.
     """
-    rows = [form.dialogue((*pair.prompt, Message("assistant", answer))).ids for answer in (pair.chosen, pair.rejected)]
+    with named(pair.origin):
+        answers = ((*pair.prompt, Message("assistant", answer)) for answer in (pair.chosen, pair.rejected))
+        rows = [form.dialogue(messages).ids for messages in answers]
     chosen, rejected = (row[:longest] for row in rows)
     if np.array_equal(chosen, rejected):
         raise ValueError(

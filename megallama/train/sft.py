@@ -10,7 +10,7 @@ from megallama.data.rows import DialogueLoader
 from megallama.runtime.mesh import Mesh
 from megallama.train.loop import Task
 from megallama.train.run import of_weights, run_stage
-from megallama.train.sources import chat_format, epoch_order, open_sources, with_steps
+from megallama.train.sources import chat_format, epoch_order, named, open_sources, with_steps
 from megallama.train.trainer import NextToken, empty_trainer
 
 
@@ -63,7 +63,7 @@ def encode(form: ChatFormat, dialogues: Sequence[Dialogue], longest: int) -> tup
         ValueError: nothing of an answer would be left; names file, line and both lengths.
     """
     encoded, cut = [], 0
-    for dialogue, whole in zip(dialogues, form.dialogues([d.messages for d in dialogues]), strict=True):
+    for dialogue, whole in zip(dialogues, _ids(form, dialogues), strict=True):
         kept = Encoded(whole.ids[:longest], whole.train[:longest])
         if not kept.train[1:].any():
             raise ValueError(
@@ -73,3 +73,14 @@ def encode(form: ChatFormat, dialogues: Sequence[Dialogue], longest: int) -> tup
         cut += len(whole.ids) > longest
         encoded.append(kept)
     return encoded, cut
+
+
+def _ids(form: ChatFormat, dialogues: Sequence[Dialogue]) -> list[Encoded]:
+    """All at once, which is faster; one by one where a record is bad, which must be named."""
+    try:
+        return form.dialogues([dialogue.messages for dialogue in dialogues])
+    except ValueError:
+        for dialogue in dialogues:
+            with named(dialogue.origin):
+                form.dialogue(dialogue.messages)
+        raise

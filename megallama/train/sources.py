@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 
 from megallama.alignment import RecordsConfig
 from megallama.config import Config
-from megallama.data import ChatFormat, key, load_tokenizer, mix, permute
+from megallama.data import ChatFormat, Origin, key, load_tokenizer, mix, permute
 
 T = TypeVar("T")
 HELD_OUT_KEY = 2
@@ -63,6 +64,15 @@ def open_sources(
         sizes.append(len(kept))
     names = [*(source.path for source in sources), *valid]
     return Sources(records, tuple(sizes), held, {f"data {name}": digest(name) for name in names})
+
+
+@contextmanager
+def named(origin: Origin) -> Iterator[None]:
+    """Errors inside say of which record they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
 
 
 def digest(path: str) -> str:

@@ -24,16 +24,18 @@ from alignment_world import (
 from distributed import Ranks
 from megallama.alignment import RecordsConfig, RewardConfig
 from megallama.config import SCALAR, Config, ParallelConfig
+from megallama.data import read_dialogues, read_pairs
 from megallama.data.rows import PairLoader, TokenPair, scored_rows
 from megallama.model.canonical import SCORE
 from megallama.parallel.pieces import views
 from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.runtime.metrics import read_metrics
-from megallama.train import reward
+from megallama.train import reward, sft
 from megallama.train.models import frozen, open_weights, scored
 from megallama.train.ranking import RankingLoss
 from megallama.train.run import load_weights
 from megallama.train.scoring import budgeted, last_values, scores
+from megallama.train.sources import chat_format
 from megallama.train.trainer import empty_trainer
 
 
@@ -183,6 +185,23 @@ def test_truncation_that_makes_answers_equal_is_refused(world, tmp_path):
         reward.reward_task(config, Mesh())
 
 
+def test_a_text_that_spells_a_special_token_is_named(world, tmp_path):
+    """SentencePiece never reads one out of a text, other tokenizers do."""
+    path = tmp_path / "tags.jsonl"
+    write_records(path, [{"prompt": "Say red.", "chosen": "red.", "rejected": f"blue.{end}"} for end in ("", "<END>")])
+    form = chat_format(reward_config(world, "tags"))
+    encode_batch = form.tokenizer.encode_batch
+    form.tokenizer.encode_batch = lambda texts: [
+        ids + [form.eos] * ("<END>" in text) for text, ids in zip(texts, encode_batch(texts), strict=True)
+    ]
+    with pytest.raises(ValueError, match=r"tags\.jsonl:2: a text spells the tokenizer's special token"):
+        for pair in read_pairs(str(path)):
+            reward.encode(form, pair, "none", 64)
+    write_records(path, [{"prompt": "Say red.", "response": f"red.{end}"} for end in ("", "<END>")])
+    with pytest.raises(ValueError, match=r"tags\.jsonl:2: a text spells the tokenizer's special token"):
+        sft.encode(form, read_dialogues(str(path)), 64)
+
+
 def test_it_resumes_bitwise_and_the_command_line_works(world, tmp_path, capfd):
     from megallama.cli import main
 
@@ -203,3 +222,30 @@ def test_it_resumes_bitwise_and_the_command_line_works(world, tmp_path, capfd):
     again = ["sft", *line[1:], "--checkpoint.load", str(tmp_path / "whole" / "checkpoints" / "step_00000008")]
     assert main([*again, "--output_dir", str(tmp_path / "mixed")]) == 2
     assert "weights:" in capfd.readouterr().err
+
+
+def test_models_and_test_sets_make_a_grid(world, tmp_path, capfd):
+    from megallama.cli import main
+
+    more = tmp_path / "more.jsonl"
+    write_records(more, [{"prompt": "Say it.", "chosen": "red.", "rejected": "blue."}] * 3)
+    models = [str(path) for path in world.judges]
+    line = [
+        "reward-eval", "--reward.models", json.dumps(models),
+        "--reward.valid", json.dumps([str(world.pairs), str(more)]),
+        "--data.tokenizer", str(world.tokenizer), "--data.seq_length", "64", "--train.dtype", "float32",
+        "--train.global_batch_size", "1", "--output_dir", str(tmp_path / "grid"),
+    ]  # fmt: skip
+    assert main(line) == 0
+    found = json.loads((tmp_path / "grid" / "reward_eval.json").read_text())
+    assert list(found) == models and all(set(tests) == {str(world.pairs), str(more)} for tests in found.values())
+    for model in models:
+        tests = found[model]
+        by_rating = tests[str(world.pairs)]["accuracy"]
+        assert by_rating["all"]["pairs"] == 40 == sum(n["pairs"] for name, n in by_rating.items() if name != "all")
+        assert tests[str(more)]["accuracy"]["unrated"]["accuracy"] in (0.0, 1.0)  # three times the same pair
+        assert sum(row["n"] for row in tests[str(world.pairs)]["calibration"]) == 40
+    assert (tmp_path / "grid" / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert "models x test sets" in capfd.readouterr().out
+    assert main([*line, "--reward.models", json.dumps([str(world.policy)])]) == 2
+    assert "is a language model" in capfd.readouterr().err
