@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from megallama import __version__, options
 from megallama.config import Config, load
+from megallama.presets import RECIPES
 
 
 class Stage(NamedTuple):
@@ -28,7 +29,13 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "pretrain": Stage("train a model on tokenised text", "megallama.train.pretrain:run"),
-    "generate": Stage("continue prompts greedily with a run's newest checkpoint", "megallama.inference.greedy:run"),
+    "sft": Stage("fine-tune a model on dialogues", "megallama.train.sft:run"),
+    "reward": Stage("train a reward model on preference pairs", "megallama.train.reward:run"),
+    "reward-eval": Stage("compare reward models on held-out pairs", "megallama.train.reward_eval:run"),
+    "rejection-sample": Stage("sample answers and keep the best to fine-tune on", "megallama.rlhf.rejection.run:run"),
+    "ppo": Stage("improve a chat model by proximal policy optimisation", "megallama.rlhf.ppo.run:run"),
+    "generate": Stage("answer or continue prompts", "megallama.inference.generate:run"),
+    "chat": Stage("talk to a model on the terminal", "megallama.inference.chat:run"),
     "verify": Stage("prove a layout: its gradients against those of one process", "megallama.train.verify:run"),
 }
 
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """The text of `megallama --help`."""
-    stages = "\n".join(f"  {name:<12}{stage.summary}" for name, stage in STAGES.items())
+    stages = "\n".join(f"  {name:<18}{stage.summary}" for name, stage in STAGES.items())
     return f"{USAGE}\nstages:\n{stages}\n\n`megallama STAGE --help` lists every key with its type and [default]."
 
 
@@ -88,10 +95,10 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if name not in STAGES:
         raise ValueError(f"unknown stage {name}; choose one of {', '.join(STAGES)}")
     if "-h" in arguments or "--help" in arguments:
-        print(f"megallama {name}: {STAGES[name].summary}\n\n{USAGE}{options.describe(Config)}")
+        print(f"megallama {name}: {STAGES[name].summary}\n\n{USAGE}{options.describe(Config, RECIPES.get(name))}")
         return 0
     dry, world, rest = _own_flags(arguments)
-    config = load(rest)
+    config = load(rest, name)
     if not dry:
         return _function(STAGES[name].target)(config)
 

@@ -1,7 +1,5 @@
-"""Learning from preferences: from the scores of the reward models to a better policy.
+"""Learning from preferences: `rejection` sampling, `ppo`, and `ghost` attention, which keeps an instruction over turns.
 
-`rewards` makes one reward of two models' scores and lays it on answer tokens, `advantages` spreads it over them, and
-`losses` are what policy and critic then minimise: pure functions of tensors. Rows of answers are ragged and lie back to
-back in flat tensors cut by `bounds`, as in Batch: nothing is padded. Each is imported by its own name, so this face
-imports nothing.
+What they share lies beside them: `judges` (the reward models), `prompts`, `chat_model` (a model that answers dialogues)
+and `parts` (long work that is kept piece by piece). Each is imported by its own name, so this face imports nothing.
 """

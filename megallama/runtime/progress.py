@@ -13,14 +13,23 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
 from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -29,7 +38,7 @@ from rich.text import Text
 WINDOW = 50
 """Steps over which a step's time is averaged for the ETA: long enough to be calm, short enough to follow a ramp."""
 PLAIN_SECONDS = 10.0
-"""Between two plain lines of a tool that goes through bytes."""
+"""Between two plain lines of a tool."""
 FRAME = 0.1
 """Seconds at least between two pictures of the bar."""
 
@@ -189,24 +198,38 @@ def rows(cells: list[Text], width: int) -> list[Text]:
     return lines
 
 
-@contextmanager
-def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def bytes_progress(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """For tools that go through `total` bytes: a live bar on a terminal, a line every few seconds elsewhere.
 
     Yields:
         What to tell how many bytes more are done, from any thread.
     """
-    console, lock = Console(stderr=True), threading.Lock()
+    return _tool_progress(
+        label, total, (DownloadColumn(), TransferSpeedColumn()), lambda rate: f"{rate / 1e6:,.0f} MB/s"
+    )
+
+
+def items_progress(label: str, total: int, shown: bool = True) -> AbstractContextManager[Callable[[int], None]]:
+    """As `bytes_progress`, for `total` things of any kind.
+
+    Args:
+        shown: False for the ranks that do not speak.
+    """
+    return _tool_progress(
+        label, total, (MofNCompleteColumn(), TimeRemainingColumn()), lambda rate: f"{rate:,.1f} a second", shown
+    )
+
+
+@contextmanager
+def _tool_progress(
+    label: str, total: int, columns: Sequence[ProgressColumn], speed: Callable[[float], str], shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A bar that ends with `columns`; a plain line ends with the `speed` of so many a second."""
+    console, lock = Console(stderr=True, quiet=not shown), threading.Lock()
     started = last = time.monotonic()
     done = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    bars = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), *columns)
+    with Bar(*bars, console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
         task = bar.add_task(label, total=total)
 
         def report(more: int) -> None:
@@ -217,7 +240,6 @@ def bytes_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
                 now = time.monotonic()
                 if not console.is_terminal and now - last >= PLAIN_SECONDS:
                     last = now
-                    rate = done / (now - started)
-                    console.print(f"{label} {done / total:.1%}, {rate / 1e6:,.0f} MB/s", soft_wrap=True)
+                    console.print(f"{label} {done / total:.1%}, {speed(done / (now - started))}", soft_wrap=True)
 
         yield report

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megallama.rlhf.advantages import gae, moments, row_ends, whiten_by
+from megallama.rlhf.ppo.advantages import gae, moments, row_ends, whiten_by
 
 
 def draw(n: int, seed: int) -> Tensor:

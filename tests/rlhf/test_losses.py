@@ -16,10 +16,10 @@ from distributed import Ranks
 from megallama.data.batch import IGNORE, Batch
 from megallama.parallel import WeightGrads, loss
 from megallama.parallel.layers import VocabHead
-from megallama.rlhf import losses
-from megallama.rlhf.advantages import gae, moments, whiten_by
-from megallama.rlhf.losses import PolicyLoss, TokenLogProbs, ValueLoss, entropy, explained_variance
-from megallama.rlhf.rewards import token_rewards, whiten
+from megallama.rlhf.ppo import losses
+from megallama.rlhf.ppo.advantages import gae, moments, whiten_by
+from megallama.rlhf.ppo.losses import PolicyLoss, TokenLogProbs, ValueLoss, entropy, explained_variance
+from megallama.rlhf.ppo.rewards import token_rewards, whiten
 from megallama.runtime.mesh import ONE, Axis, build_mesh
 
 TOKENS = 14

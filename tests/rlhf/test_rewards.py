@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megallama.rlhf.rewards import SAFETY_LOGIT, combined, token_rewards, whiten
+from megallama.rlhf.judges import SAFETY_LOGIT, combined
+from megallama.rlhf.ppo.rewards import token_rewards, whiten
 
 HELPFUL = 0.75
 

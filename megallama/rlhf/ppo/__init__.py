@@ -1,0 +1,1 @@
+"""Proximal policy optimisation: `run` is the stage, `algorithm` one iteration of it, the rest its parts."""

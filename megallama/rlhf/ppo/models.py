@@ -1,0 +1,101 @@
+"""The models of PPO on one mesh: two that learn, a frozen reference, and the judges; idle ones wait in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+from torch import Tensor
+
+from megallama.checkpoint.formats import Source
+from megallama.config import Config, ModelConfig
+from megallama.inference.consolidate import Consolidation, generation_mesh
+from megallama.parallel.pieces import Slot
+from megallama.rlhf.judges import Judges, open_judge
+from megallama.runtime.mesh import Mesh
+from megallama.train.models import adopt, frozen, mesh_for, open_weights, scored
+from megallama.train.residence import Residence
+from megallama.train.run import starting_weights
+from megallama.train.trainer import Trainer, empty_trainer
+
+CRITIC = "critic"
+"""Name of the critic in checkpoints, beside the actor."""
+
+
+class Models:
+    """Actor, critic, reference and judges with the weights that the configuration names. Collective.
+
+    Args:
+        config: with the actor's shape, and train.steps in iterations.
+
+    Attributes:
+        actor, critic: trained.
+        reference: the policy at the start, frozen.
+        judges: the reward models.
+        watch: a further reward model that trains nobody, or None.
+        consolidation: the actor in the generation layout.
+
+    Raises:
+        ValueError: a folder is missing, damaged, or holds another kind of model.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        start = starting_weights(config.checkpoint.load)
+        if start is None:
+            raise ValueError(
+                f"checkpoint.load={config.checkpoint.load}: name the policy that ppo starts from and stays close to as "
+                f"weights:FOLDER, also when a run goes on"
+            )
+        policy = open_weights(start)
+        plain, vocabulary = (
+            replace(config, model=ModelConfig()),
+            config.model.vocab_size,
+        )  # judges have their own shapes
+        self.judges = Judges(plain, mesh, vocabulary)
+        self.watch = open_judge("watch", plain, mesh, vocabulary)
+        self.reference = frozen(config, mesh, policy)
+        self.actor = empty_trainer(_updates(config), mesh)
+        _start(self.actor, policy)
+        values = scored(open_weights(config.ppo.critic or config.judges.helpfulness or ""), config.train.seed)
+        learner = adopt(_updates(plain), values.model, values.folder)
+        if config.ppo.critic_lr is not None:
+            learner = replace(learner, optim=replace(learner.optim, lr=config.ppo.critic_lr))
+        self.critic = empty_trainer(learner, mesh_for(values.model, mesh))
+        _start(self.critic, values)
+        self.residences = {id(trainer): Residence(trainer) for trainer in (self.actor, self.critic, self.reference)}
+        tp = config.generate.tp or config.parallel.tp
+        self.consolidation = Consolidation(self.actor, generation_mesh(self.actor.config, tp, mesh))
+
+    def at_work(self, trainer: Trainer):
+        """Context in which actor, critic or reference is on its device."""
+        return self.residences[id(trainer)].at_work()
+
+    def slots(self) -> Iterator[tuple[Slot, dict[str, Tensor]]]:
+        """What a checkpoint holds: the actor, and the critic under its own names."""
+        assert self.actor.optimizer is not None and self.critic.optimizer is not None, "both are trained"
+        beside = (
+            (slot._replace(name=f"{CRITIC}.{slot.name}"), states) for slot, states in self.critic.optimizer.slots()
+        )
+        return chain(self.actor.optimizer.slots(), beside)
+
+    def publish(self) -> None:
+        """After slots have been loaded. Collective."""
+        for trainer in (self.actor, self.critic):
+            assert trainer.optimizer is not None, "both are trained"
+            trainer.optimizer.publish()
+
+
+def updates(config: Config) -> int:
+    """Gradient steps of one iteration."""
+    return config.ppo.rollouts // config.train.global_batch_size
+
+
+def _updates(config: Config) -> Config:
+    """The configuration with train.steps in gradient steps, as the learning rate's schedule counts them."""
+    return replace(config, train=replace(config.train, steps=config.train.steps * updates(config)))
+
+
+def _start(trainer: Trainer, source: Source) -> None:
+    assert trainer.optimizer is not None, "it is to be trained"
+    trainer.optimizer.load_weights(source.read)

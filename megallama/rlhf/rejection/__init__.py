@@ -1,0 +1,1 @@
+"""Rejection sampling: `run` samples and scores, `harvest` picks, writes and draws."""
