@@ -24,6 +24,7 @@ from megallama.inference.decoding import answer_text
 from megallama.inference.generate import read_asked, seed_of
 from megallama.inference.generator import Generator
 from megallama.inference.sampling import Request, Sampling
+from megallama.runtime import progress
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 RECORDS = [
@@ -229,3 +230,15 @@ def test_prompts_in_the_chat_template_may_come_from_the_configuration(
     config = replace(config, generate=replace(config.generate, prompts=("hello there",), chat=True))
     (asked,) = read_asked(config, tokenizer)
     assert list(asked.ids) == ChatFormat(tokenizer).prompt([Message("user", "hello there")])
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no terminal; nothing on the ranks that do not speak."""
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    for shown in (True, False):
+        with progress.items_progress("answers", 4, shown) as report:
+            report(1)
+            report(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["answers 25.0%", "answers 75.0%"]
+    assert all(line.endswith(" a second") for line in lines)
