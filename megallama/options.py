@@ -189,7 +189,7 @@ def _from_file(
     for name, value in mapping.items():
         key = f"{prefix}{name}"
         if key not in sections:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             yield f"--{key}={text}"
         elif isinstance(value, dict):
             yield from _from_file(value, known, sections, where, key + ".")

@@ -75,6 +75,17 @@ def test_nothing_given_is_the_defaults() -> None:
     assert load([]) == Config()
 
 
+def test_a_stage_has_the_papers_recipe_below_what_is_given(tmp_path: Path) -> None:
+    assert load([], "sft").optim.lr == 2e-5 and load([], "sft").data.mask_documents
+    reward = load(["--optim.lr", "5e-6"], "reward")
+    assert (reward.optim.lr, reward.optim.warmup_steps, reward.optim.warmup_share) == (5e-6, 5, 0.03)
+    assert (reward.train.global_batch_size, load([], "ppo").optim.schedule) == (512, "constant")
+    (tmp_path / "run.yaml").write_text("optim: {lr: 1.0e-3}\ngenerate: {prompts: [Hé, 😀]}\n")
+    config = load(["--config", str(tmp_path / "run.yaml")], "sft")
+    assert config.optim.lr == 1e-3 and config.optim.warmup_steps == 0
+    assert config.generate.prompts == ("Hé", "😀")
+
+
 CONFIGS = st.builds(
     Config,
     model=st.builds(ModelConfig, preset=st.sampled_from([None, "llama2-7b"]), rms_norm_eps=st.floats(1e-12, 1)),

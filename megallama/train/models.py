@@ -67,10 +67,14 @@ def adopt(config: Config, model: ModelConfig, where: Path) -> Config:
     """
     plain, given = ModelConfig(), config.model
     chosen = {key: getattr(given, key) for key in KEPT if getattr(given, key) != getattr(plain, key)}
-    for f in fields(ModelConfig):
-        value, theirs = getattr(given, f.name), getattr(model, f.name)
-        if f.name not in (*KEPT, "head") and value not in (theirs, getattr(plain, f.name)):
-            raise ValueError(f"model.{f.name}={value}, but {where} has {theirs}; leave model.* out: weights bring it")
+    wrong = [
+        f"{f.name} is {getattr(model, f.name)} there, {getattr(given, f.name)} here"
+        for f in fields(ModelConfig)
+        if f.name not in (*KEPT, "head")
+        and getattr(given, f.name) not in (getattr(model, f.name), getattr(plain, f.name))
+    ]
+    if wrong:
+        raise ValueError(f"{where} holds another model: {', '.join(wrong)}; leave model.* out, weights bring it along")
     return replace(config, model=replace(model, **chosen))
 
 

@@ -207,4 +207,4 @@ def test_the_command_line(world, tmp_path, capfd):
     assert main([*line[:1], *line[3:], "--output_dir", str(tmp_path / "other")]) == 2
     assert "set it to weights:FOLDER" in capfd.readouterr().err
     assert main([*line, "--model.hidden_size", "64", "--output_dir", str(tmp_path / "other")]) == 2
-    assert "model.hidden_size=64" in capfd.readouterr().err
+    assert "hidden_size is 32 there, 64 here" in capfd.readouterr().err
