@@ -58,6 +58,14 @@ def test_example_is_the_papers_recipe(preset: str) -> None:
         assert f"{PAPER[preset]:,}" in describe(config, world)
 
 
+@pytest.mark.parametrize("stage, rate", [("sft", 2e-5), ("reward", 1e-5), ("ppo", 1e-6)])
+def test_chat_stages_of_70b_have_the_papers_recipe(stage: str, rate: float) -> None:
+    path = EXAMPLES / "llama2_70b" / "chat.yaml"
+    config = load(["--config", str(path), "--model.preset", "llama2-70b"], stage)
+    config.validate(512)
+    assert (config.optim.lr, config.ppo.beta, config.optim.betas) == (rate, 0.005, (0.9, 0.95))
+
+
 def test_quickstart_is_a_small_gqa_llama_on_two_processes() -> None:
     config = example("quickstart")
     config.validate(2)
