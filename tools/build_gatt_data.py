@@ -32,11 +32,11 @@ from megallama.rlhf.chat_model import (  # noqa: E402
     is_first_rank,
     launched,
     open_chat_model,
-    weights_fingerprint,
 )
 from megallama.rlhf.ghost.constraints import ask, read_list  # noqa: E402
 from megallama.rlhf.ghost.records import LEAST_TURNS, PLACES, SYSTEM, Recipe, build, check_room, read_talks  # noqa: E402
 from megallama.rlhf.parts import make_folder, write_whole  # noqa: E402
+from megallama.train.models import weights_fingerprint  # noqa: E402
 from megallama.train.run import run_folder  # noqa: E402
 from megallama.train.sources import digest  # noqa: E402
 

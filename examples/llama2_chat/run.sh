@@ -6,6 +6,7 @@
 #   examples/llama2_chat/run.sh [SEED]
 #
 # OUT      folder of all results [runs/llama2_chat/seed_SEED]
+# REDUCED  1 = a short run with less of everything, which still shows the rise (the tests run it)
 # ALONE, BOTH   what starts a stage on one core and on both [python -m megallama; torchrun on two processes]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,6 +16,13 @@ out=${OUT:-runs/llama2_chat/seed_$seed}
 alone=${ALONE:-python -m megallama}
 both=${BOTH:-torchrun --standalone --nproc-per-node 2 -m megallama}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes, or two stages side by side, on a laptop's two cores
+if [ -n "${REDUCED:-}" ]; then
+    sizes=(--demonstrations 1500 --pairs 800 --safety-pairs 400 --test-pairs 60 --prompts 256 --valid-prompts 96)
+    pretrain_steps=300 sft_epochs=2 versions="1 4" samples=2 iterations=6
+else
+    sizes=() # the tool's own
+    pretrain_steps=1000 sft_epochs=3 versions="1 2 3 4" samples=4 iterations=30
+fi
 corpus=$out/corpus
 started=$SECONDS
 
@@ -42,26 +50,29 @@ stage() { # stage LAUNCH NAME TITLE STAGE ARGUMENTS...: a run in $out/NAME, mark
 
 mkdir -p "$out"
 step $corpus "collect questions, answers, preferences and prompts from this Python's documentation" \
-    python tools/make_chat_corpus.py --output $corpus --seed "$seed"
+    python tools/make_chat_corpus.py --output $corpus --seed "$seed" "${sizes[@]}"
 step $out/tokenizer.model "train a tokenizer" \
     python tools/train_tokenizer.py --input $corpus/pretrain.jsonl --vocab-size 2048 --output $out/tokenizer
 step $out/data.idx "tokenise" \
     python tools/preprocess_data.py --input $corpus/pretrain.jsonl --tokenizer $out/tokenizer.model \
     --output-prefix $out/data --workers 2
-stage "$both" pretrain "pretrain" pretrain --config $here/pretrain.yaml --data.sources "[{prefix: $out/data}]"
+stage "$both" pretrain "pretrain" pretrain --config $here/pretrain.yaml --data.sources "[{prefix: $out/data}]" \
+    --train.steps $pretrain_steps
 stage "$both" sft "fine-tune on demonstrations" sft --checkpoint.load "weights:$out/pretrain" \
-    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs 3 --optim.lr 2e-3 --optim.warmup_steps 20
+    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $sft_epochs --optim.lr 2e-3 --optim.warmup_steps 20
 
 # Two answers a prompt, from the model at two temperatures, compared by the rules: what annotators do for a real model.
 compare() { # compare MODEL NAME
+    local number=0
     for temperature in 0.8 1.2; do
+        number=$((number + 1))
         step "$out/$2/answers_$temperature.jsonl" "answers of $1 at temperature $temperature" \
             $both generate --config $here/tiny.yaml --data.tokenizer $out/tokenizer.model \
             --generate.model "$out/$1" --generate.file $corpus/prompts.jsonl --generate.temperature $temperature \
-            --generate.seed "$seed" --generate.output "$out/$2/answers_$temperature.jsonl" --output_dir "$out/$2"
+            --generate.seed $((10 * seed + number)) --generate.output "$out/$2/answers_$temperature.jsonl" --output_dir "$out/$2"
     done
     cat "$out/$2"/answers_*.jsonl >"$out/$2/answers.jsonl"
-    step "$out/$2/preferences" "compare them" python tools/check_answers.py --prompts $corpus/prompts.jsonl \
+    step "$out/$2/preferences/safety.jsonl" "compare them" python tools/check_answers.py --prompts $corpus/prompts.jsonl \
         --answers "$out/$2/answers.jsonl" --prefer "$out/$2/preferences" --seed "$seed"
 }
 
@@ -86,17 +97,19 @@ stage "$both" grid "both reward models on both test sets" reward-eval --reward.m
 
 judges=(--judges.helpfulness $out/help_1 --judges.safety $out/safe_1)
 before=sft
-for version in 1 2 3 4; do
+earlier=
+for version in $versions; do
     bags=()
     if [ $version = 4 ]; then # from here on the best of all iterations
-        bags=(--rejection.bags "[$out/samples_1, $out/samples_2, $out/samples_3]")
+        bags=(--rejection.bags "[$earlier]")
     fi
     stage "$both" samples_$version "rejection sampling for RLHF-V$version" rejection-sample --rejection.model $out/$before \
-        --rejection.prompts $corpus/prompts.jsonl --rejection.samples 4 --rejection.temperatures "[0.8, 1.0]" \
+        --rejection.prompts $corpus/prompts.jsonl --rejection.samples $samples --rejection.temperatures "[0.8, 1.0]" \
         --rejection.version $before --train.micro_batch_size 32 "${bags[@]}" "${judges[@]}"
     stage "$both" v$version "RLHF-V$version" sft --checkpoint.load "weights:$out/$before" --sft.epochs 2 \
         --sft.sources "[{path: $out/samples_$version/sft.jsonl}]" --optim.lr 5e-4 --optim.warmup_steps 5
     before=v$version
+    earlier=${earlier:+$earlier, }$out/samples_$version
 done
 
 mkdir -p $out/compared_v4
@@ -105,16 +118,21 @@ rewards 2 v4 $out/compared_v4/preferences
 stage "$both" v5 "RLHF-V5 by PPO" ppo --checkpoint.load "weights:$out/v4" --ppo.prompts $corpus/prompts.jsonl \
     --ppo.valid_prompts $corpus/valid_prompts.jsonl --judges.helpfulness $out/help_2 --judges.safety $out/safe_2 \
     --ppo.rollouts 128 --ppo.max_new_tokens 64 --train.global_batch_size 64 --train.micro_batch_size 32 \
-    --train.steps 30 --train.valid_interval 10 --optim.lr 1e-4 --ppo.critic_lr 5e-4 --ppo.beta 0.02 --log.interval 5
-stage "$both" control "the control: demonstrations again, for as long" sft --checkpoint.load "weights:$out/sft" \
-    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs 3 --optim.lr 5e-4 --optim.warmup_steps 5
+    --train.steps $iterations --train.valid_interval 10 --optim.lr 1e-4 --ppo.critic_lr 5e-4 --ppo.beta 0.02 --log.interval 5 \
+    --checkpoint.interval 10
+stage "$both" control "the control: demonstrations again, about as many steps as all versions had" sft --checkpoint.load "weights:$out/sft" \
+    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $sft_epochs --optim.lr 5e-4 --optim.warmup_steps 5
 
-for version in sft control v1 v2 v3 v4 v5; do
+judged=(sft)
+for version in $versions 5; do
+    judged+=(v$version)
+done
+for version in "${judged[@]}" control; do # by the first reward models, which PPO has not seen
     stage "$both" judged_$version "held-out answers of $version" rejection-sample --rejection.model $out/$version \
         --rejection.prompts $corpus/valid_prompts.jsonl --rejection.samples 2 --rejection.temperatures "[1.0]" \
         --rejection.version $version --train.micro_batch_size 32 "${judges[@]}"
     step $out/judged_$version/rules.json "rules" python tools/check_answers.py --prompts $corpus/valid_prompts.jsonl \
         --answers $out/judged_$version --json $out/judged_$version/rules.json
 done
-python tools/plot_versions.py $out/judged_{sft,v1,v2,v3,v4,v5} --control $out/judged_control --output $out/versions.png
+python tools/plot_versions.py "${judged[@]/#/$out/judged_}" --control $out/judged_control --output $out/versions.png
 echo "everything: $((SECONDS - started)) s"

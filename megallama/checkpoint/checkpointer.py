@@ -247,6 +247,13 @@ class Checkpointer:
                 with suppress(OSError):  # somebody looks at it, or it is not ours
                     _remove(old)
 
+    def forget_after(self, step: int) -> None:
+        """Remove checkpoints beyond `step`: those of a course that a resumed run does not go on with."""
+        if self.mesh.world.rank == 0:
+            for folder in checkpoint_folders(self.root):
+                if _step(folder) > step:
+                    _remove(folder)
+
     def sweep(self) -> list[str]:
         """Remove what a killed run left half-written (a line for each) or half-removed. For the owner of the folder."""
         lines = []

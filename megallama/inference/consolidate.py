@@ -40,8 +40,8 @@ class Transfer(NamedTuple):
 
 
 def generation_config(config: Config, tp: int) -> Config:
-    """The same model on replicas of `tp` ranks without a pipeline."""
-    return replace(config, parallel=ParallelConfig(tp=tp))
+    """The same model on replicas of `tp` ranks without a pipeline; not compiled, as every pass has another shape."""
+    return replace(config, parallel=ParallelConfig(tp=tp), train=replace(config.train, compile=False))
 
 
 def generation_mesh(config: Config, tp: int, mesh: Mesh) -> Mesh:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ import torch.distributed as dist
 
 from megallama.alignment import ChatConfig
 from megallama.checkpoint.formats.tokenizer_files import tokenizer_in
-from megallama.checkpoint.store import MANIFEST
 from megallama.config import SCALAR, Config, DataConfig, ParallelConfig, TrainConfig
 from megallama.data import ChatFormat, Message
 from megallama.inference.generator import Generator
@@ -134,15 +132,6 @@ def open_chat_model(path: str, setup: Setup, device: torch.device) -> ChatModel:
     form, model = chat_format(config), config.model
     mesh = build_mesh(setup.tp, setup.pp, model.num_key_value_heads, model.tied, device, TIMEOUT)
     return ChatModel(frozen(config, mesh, source), form, source.folder, setup.rows)
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Tells models apart without reading their weights: a checkpoint's manifest has a checksum of every part of them;
-    of other folders, names and sizes of the files of tensors."""
-    manifest = folder / MANIFEST
-    files = sorted(folder.glob("*.safetensors"))
-    told = manifest.read_bytes() if manifest.is_file() else repr([(f.name, f.stat().st_size) for f in files]).encode()
-    return hashlib.sha256(told).hexdigest()
 
 
 def from_first_rank(make: Callable[[], T], mesh: Mesh) -> T:

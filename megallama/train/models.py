@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megallama.checkpoint.formats import HFSource, Source, StoreSource
 from megallama.checkpoint.formats.hf import CONFIG
+from megallama.checkpoint.store import MANIFEST
 from megallama.config import SCALAR, Config, ModelConfig
 from megallama.model.canonical import SCORE, canonical_shapes
 from megallama.model.initial import RandomWeights
@@ -33,6 +35,20 @@ def open_weights(path: str, note: Callable[[str], None] = lambda line: None) -> 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of a run, a checkpoint or a Hugging Face model")
     return HFSource(folder) if (folder / CONFIG).is_file() else StoreSource(folder, note)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Tells models apart without reading their weights: a checkpoint's manifest has a checksum of every part of them;
+    of other folders, names and sizes of the files of tensors."""
+    manifest = folder / MANIFEST
+    files = sorted(folder.glob("*.safetensors"))
+    told = manifest.read_bytes() if manifest.is_file() else repr([(f.name, f.stat().st_size) for f in files]).encode()
+    return hashlib.sha256(told).hexdigest()
+
+
+def identity(source: Source) -> str:
+    """Which weights: their folder, which names the step, and what tells them from others that lay there."""
+    return f"{source.folder.resolve()} ({weights_fingerprint(source.folder)[:16]})"
 
 
 class ScoredSource:

@@ -21,7 +21,7 @@ class Residence:
 
     def __init__(self, trainer: Trainer, idle: bool | None = None):
         self._moves = trainer.mesh.device.type != "cpu" if idle is None else idle
-        self._changes = trainer.optimizer is not None
+        self._optimizer = trainer.optimizer
         lasting, passing = _tensors(trainer)
         self._lasting = _storages(lasting)
         self._passing = [(storage, storage.nbytes()) for storage in _storages(passing)]
@@ -33,12 +33,14 @@ class Residence:
         """Copy to the host what has changed, and free the device."""
         if not self._moves or not self._present:
             return
+        if self._optimizer is not None:  # the gather of the last update may still be writing
+            self._optimizer.ready()
         if not self._host:
             pin = self._lasting[0].device.type == "cuda"
             empty = (torch.UntypedStorage(storage.nbytes(), device="cpu") for storage in self._lasting)
             self._host = [storage.pin_memory() if pin else storage for storage in empty]
             self._copy(self._lasting, self._host)
-        elif self._changes:
+        elif self._optimizer is not None:
             self._copy(self._lasting, self._host)
         for storage in (*self._lasting, *(storage for storage, _ in self._passing)):
             storage.resize_(0)

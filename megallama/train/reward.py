@@ -43,7 +43,7 @@ def reward_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
     pairs = [encode(form, pair, reward.margin, longest) for pair in sources.records]
     shares = [source.share for source in reward.sources]
     order = [n for epoch in range(reward.epochs) for n in epoch_order(sources.sizes, shares, train.seed, epoch)]
-    config = with_steps(config, len(order))
+    config = with_steps(config, len(order), "reward")
     tests = {
         name: (found, [encode(form, pair, reward.margin, longest) for pair in found])
         for name, found in sources.valid.items()

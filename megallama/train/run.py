@@ -150,6 +150,7 @@ def resume(
 
     store = None
     if own:
+        require_own(own[0], stage)
         store = checkpointer.load_newest(slots, note)
     elif named is not None:
         require_stage(named, stage)
@@ -167,6 +168,22 @@ def resume(
         if manifest["fingerprints"].get(name) != value:
             note(f"{name} has changed since that checkpoint was written")
     return manifest["consumed_samples"]
+
+
+def require_own(folder: Path, stage: str) -> None:
+    """A run's folder belongs to one stage.
+
+    Raises:
+        ValueError: its newest checkpoint is of another one.
+    """
+    try:
+        theirs = Store(folder).manifest.get("stage", stage)
+    except (ValueError, OSError):
+        return  # damaged: an older one will be tried
+    if theirs != stage:
+        raise ValueError(
+            f"output_dir={folder.parent.parent} holds a run of stage {theirs}, not of {stage}; set another output_dir"
+        )
 
 
 def require_stage(folder: Path, stage: str) -> None:

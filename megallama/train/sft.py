@@ -34,7 +34,7 @@ def sft_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
         order = epoch_order(sources.sizes, shares, config.train.seed, epoch)
         packed = pack([len(dialogues[n].ids) for n in order], data.seq_length)
         sequences += [[order[place] for place in sequence] for sequence in packed]
-    config = with_steps(config, len(sequences))
+    config = with_steps(config, len(sequences), "sft")
 
     def loader(dialogues: Sequence[Encoded], sequences: Sequence[Sequence[int]]) -> DialogueLoader:
         return DialogueLoader(dialogues, sequences, data.mask_documents, mesh.tp.size)

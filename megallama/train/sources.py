@@ -91,11 +91,19 @@ def epoch_order(sizes: Sequence[int], shares: Sequence[float | None], seed: int,
     return (starts[source] + index).tolist()
 
 
-def with_steps(config: Config, samples: int) -> Config:
-    """train.steps as the epochs ask for, where it is 0; the last step takes what is left."""
-    if config.train.steps:
-        return config
-    return replace(config, train=replace(config.train, steps=math.ceil(samples / config.train.global_batch_size)))
+def with_steps(config: Config, samples: int, stage: str) -> Config:
+    """train.steps as the epochs ask for, where it is 0; the last step takes what is left.
+
+    Raises:
+        ValueError: train.steps is more than the epochs have.
+    """
+    steps = math.ceil(samples / config.train.global_batch_size)
+    if config.train.steps > steps:
+        raise ValueError(
+            f"train.steps={config.train.steps}, but the epochs of {stage} have {samples} samples, which are {steps} "
+            f"steps; set train.steps to 0 (as many as there are), or raise {stage}.epochs"
+        )
+    return replace(config, train=replace(config.train, steps=config.train.steps or steps))
 
 
 def chat_format(config: Config) -> ChatFormat:

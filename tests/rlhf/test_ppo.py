@@ -23,6 +23,8 @@ from megallama.alignment import JudgesConfig, PpoConfig
 from megallama.checkpoint.checkpointer import checkpoint_folders
 from megallama.config import Config, dump
 from megallama.parallel.pieces import views
+from megallama.rlhf.ppo.rewards import whiten
+from megallama.rlhf.ppo.rollout import kl_of_rows
 from megallama.rlhf.ppo.run import PpoRun
 from megallama.runtime.mesh import build_mesh
 from megallama.runtime.metrics import read_metrics
@@ -85,8 +87,9 @@ def test_every_layout_sees_the_same_run(world):
     alone = runs.pop((1, 1, 1))
     keys = {"reward_mean", "kl", "entropy", "clip_fraction", "ratio", "length_mean", "reward_decile_1", "valid_watch",
             "explained_variance", "finished", "safety_mean", "valid_reward"}  # fmt: skip
-    assert keys <= set(alone[-1])
+    assert keys <= set(alone[-1]) and [record["step"] for record in alone] == [0, 1, 2, 3, 4]
     for layout, run in runs.items():
+        assert all(record["generator_gap"] < 1e-9 for record in run[1:]), "the generator has stale weights"
         assert differences(alone, run) < 1e-6, layout
 
 
@@ -101,20 +104,31 @@ def test_the_first_update_starts_at_ratio_one_and_without_kl(world):
     assert fingerprint(run.models.actor) != before
 
 
+def test_all_log_probabilities_are_at_the_sampling_temperature(world):
+    """Forgotten in the trainer, it would show here: the generator divides by itself."""
+    run = open_run(ppo_config(world, "temperature", temperature=0.7))
+    records = [run.ppo.iterate(iteration)[0] for iteration in (1, 2)]
+    assert all(record["generator_gap"] < 1e-9 and record["first_ratio"] == 1.0 for record in records)
+    assert records[0]["ratio"] != 1.0 and records[0]["kl"] == 0.0
+
+
 def test_beta_changes_the_kl_penalty_and_never_the_whitened_score(world):
     found = []
     for beta in (0.0, 0.5, 1.0):
-        run = open_run(ppo_config(world, "beta", beta=beta))
+        run = open_run(ppo_config(world, "beta", beta=beta, gae_lambda=1.0))
         for part in run.models.reference.stages.values():
             for _, view in views(part):
                 view.mul_(1.01)  # now the reference is somebody else
         answered = run.ppo._sample(1)
         experience = run.ppo._experience(answered, run.ppo._score(answered))
-        found.append(sum(float(micro.returns.sum()) for group in experience.micros for micro in group))
-        scores = experience.scores.combined
-        found.append(scores.tolist())
-    assert found[1] == found[3] == found[5]
-    assert found[0] != found[2] != found[4]
+        # With lambda = 1 and discount 1 a row's first return is its score less beta times its KL.
+        micros = [micro for group in experience.micros for micro in group]
+        returns = torch.stack([micro.returns[lo] for micro in micros for lo in micro.bounds[:-1]])
+        kl = torch.tensor([k for micro in micros for k in kl_of_rows(micro)])
+        assert float(kl.abs().min()) > 0
+        found.append((returns + beta * kl, whiten(experience.scores.combined)[[n for m in micros for n in m.rows]]))
+    for whitened, expected in found:
+        assert torch.allclose(whitened, expected, atol=1e-9) and torch.equal(expected, found[0][1])
 
 
 def test_it_goes_on_bitwise_after_a_stop(world):
@@ -151,20 +165,59 @@ def test_killed_in_the_middle_of_an_iteration_it_goes_on_as_if_nothing_had_been(
     assert weights(Path(whole.output_dir) / last) == weights(Path(killed.output_dir) / last)
 
 
+def test_a_run_keeps_its_models(world):
+    """A reference or a judge that changes on the way would change what is learnt, in silence."""
+    config = ppo_config(world, "models")
+    go(0, 1, replace(config, train=replace(config.train, stop_after=1)))
+    other = replace(config, judges=replace(config.judges, helpfulness=str(world.judges[1])))
+    with pytest.raises(ValueError, match=r"judges\.helpfulness was .*helpful.* when this run began, and is now .*safe"):
+        go(0, 1, other)
+    start = replace(config, checkpoint=replace(config.checkpoint, load=f"weights:{config.output_dir}"))
+    with pytest.raises(ValueError, match="the policy at the start was"):
+        go(0, 1, start)
+
+
+def test_whoever_asks_to_stop_waits_for_no_validation(world):
+    config = ppo_config(world, "stop")
+    run = open_run(config)
+    with run_folder(config, run.mesh):
+        asked: list[bool] = []
+        iterate = run.ppo.iterate
+
+        def signalled(iteration, stop):
+            asked.append(stop())
+            os.kill(os.getpid(), signal.SIGUSR1)  # comes while answers are sampled
+            return iterate(iteration, stop)
+
+        run.ppo.iterate = signalled
+        run.run()
+    records = read_metrics(config.output_dir)
+    assert asked == [False] and [record["step"] for record in records] == [0, 1] and "valid_reward" not in records[1]
+    assert checkpoint_folders(Path(config.output_dir) / "checkpoints")[0].name == "step_00000001"
+
+
+def test_the_best_actor_is_exported(world):
+    config = ppo_config(world, "export")
+    target = Path(config.output_dir) / "hf"
+    go(0, 1, replace(config, checkpoint=replace(config.checkpoint, export_hf=str(target))))
+    best = checkpoint_folders(Path(config.output_dir) / "best")[0]
+    assert open_weights(str(target)).model == replace(open_weights(str(best)).model, preset=None)
+
+
 def test_the_best_actor_is_kept_and_patience_ends_the_run(world):
     config = ppo_config(world, "patience", patience=1)
     config = replace(
         config, train=replace(config.train, steps=20, valid_interval=1), optim=replace(config.optim, lr=0.1)
     )
     records = go(0, 1, config)
-    assert len(records) < 20
+    assert records[0]["step"] == 0 and len(records) < 20
     rewards = {record["step"]: record["valid_reward"] for record in records}
     (best,) = checkpoint_folders(Path(config.output_dir) / "best")
     step = int(best.name[5:])
-    assert step == 0 or rewards[step] == max(rewards.values())
+    assert rewards[step] == max(rewards.values())
     assert open_weights(str(Path(config.output_dir) / "best")).model.head == "lm"
     samples = sorted((Path(config.output_dir) / "samples").iterdir())
-    assert samples[0].name == "step_00000000.jsonl" and len(samples) == len(records) + 1
+    assert samples[0].name == "step_00000000.jsonl" and len(samples) == len(records)
 
 
 def broken_judge(world: World, target: Path) -> Path:

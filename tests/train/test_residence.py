@@ -6,8 +6,9 @@ import pytest
 import torch
 from alignment_world import MODEL, RandomSource, World, config_of, make_world
 
+from distributed import Ranks
 from megallama.data.batch import Batch
-from megallama.runtime.mesh import Mesh
+from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.train.models import frozen
 from megallama.train.residence import Residence
 from megallama.train.trainer import NextToken, Trainer, empty_trainer
@@ -56,6 +57,23 @@ def test_a_frozen_model_is_copied_to_the_host_once(world):
             assert torch.equal(trainer.infer(batch(), lambda output, batch: output.clone())[0], expected)
     assert [storage.data_ptr() for storage in residence._host] == kept
     assert all(p.untyped_storage().nbytes() == 0 for stage in trainer.stages.values() for p in stage.parameters())
+
+
+def two_replicas(rank: int, size: int, config, moves: bool) -> list[float]:
+    trainer = empty_trainer(config, build_mesh(1, 1, MODEL.num_key_value_heads, False, torch.device("cpu")))
+    trainer.optimizer.load_weights(RandomSource(MODEL).read)
+    residence, seen = Residence(trainer, idle=moves), []
+    for _ in range(6):
+        with residence.at_work():
+            seen.append(trainer.step(batch(), NextToken(MODEL.vocab_size, trainer.mesh.tp)).loss)
+    return seen
+
+
+def test_a_model_leaves_only_once_its_weights_have_been_gathered(world):
+    """The last update's gather is still under way when the model is told to leave."""
+    config = config_of(world, "gather", dtype="float32")
+    with Ranks(2) as ranks:
+        assert ranks.run(two_replicas, config, True) == ranks.run(two_replicas, config, False)
 
 
 def test_on_the_host_itself_nothing_moves(world):

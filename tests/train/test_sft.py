@@ -143,6 +143,23 @@ def test_turns_without_weight_carry_no_loss(world):
     assert stats.loss == pytest.approx(-float(chances[-learnt:].mean()), abs=1e-12)
 
 
+def test_steps_beyond_the_epochs_and_folders_of_other_stages_are_refused(world):
+    config = sft_config(world, "beyond")
+    with pytest.raises(
+        ValueError, match=r"train\.steps=99, but the epochs of sft have \d+ samples, which are \d steps"
+    ):
+        sft.sft_task(replace(config, train=replace(config.train, steps=99)), Mesh())
+    train_on_rank(0, 1, replace(config, train=replace(config.train, stop_after=1)), sft.sft_task, empty_trainer)
+
+    def other(config, mesh):
+        config, task = sft.sft_task(config, mesh)
+        task.stage = "reward"
+        return config, task
+
+    with pytest.raises(ValueError, match="holds a run of stage sft, not of reward; set another output_dir"):
+        train_on_rank(0, 1, config, other, empty_trainer)
+
+
 def test_it_resumes_bitwise(world):
     whole, halves = sft_config(world, "whole"), sft_config(world, "halves")
     expected = train_on_rank(0, 1, whole, sft.sft_task, empty_trainer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megallama.config import Config
+from megallama.data.batch import Batch
 from megallama.data.tokenizer import Tokenizer
 from megallama.inference.generator import Generator
 from megallama.inference.sampling import Sampling
@@ -101,8 +102,11 @@ class Ppo:
         self.policy_loss = PolicyLoss(vocab, tp, ppo.clip, ppo.temperature)
         self.value_loss = ValueLoss(ppo.value_clip or math.inf)
 
-    def iterate(self, iteration: int, stop: bool = False) -> tuple[dict[str, Any], bool, bool]:
+    def iterate(self, iteration: int, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], bool, bool]:
         """One iteration; returns (its record, some gradient was not finite, somebody asked to stop).
+
+        Args:
+            stop: whether this rank has been asked to stop; looked at in each gradient step, after which all ranks know.
 
         Raises:
             ValueError: a score or logits are not finite; no weight has changed then.
@@ -114,7 +118,7 @@ class Ppo:
         experience = self._experience(answered, scores)
         scored = time.perf_counter()
         policy = self._train(self.models.actor, experience, self.policy_loss, ("old_log_probs", "advantages"), stop)
-        values = self._train(self.models.critic, experience, self.value_loss, ("old_values", "returns"), False)
+        values = self._train(self.models.critic, experience, self.value_loss, ("old_values", "returns"), stop)
         end = time.perf_counter()
         seconds = {
             "step_seconds": end - start,
@@ -125,7 +129,7 @@ class Ppo:
         record = update_report(policy, values) | answer_report(answered, scores) | self._gaps(experience) | seconds
         record["tokens_per_second"] = sum(map(len, answered.rows)) / (end - start)
         skipped = any(stats.skipped for stats in (*policy, *values))
-        return record, skipped, any(stats.stop for stats in policy)
+        return record, skipped, any(stats.stop for stats in (*policy, *values))
 
     def _sample(self, iteration: int) -> Answered:
         size = self.config.ppo.rollouts
@@ -167,7 +171,7 @@ class Ppo:
         return [micro.flat(tokenwise) for micro, tokenwise in zip(micros, found, strict=True)]
 
     def _train(
-        self, trainer: Trainer, experience: Experience, loss: Loss, extras: tuple[str, str], stop: bool
+        self, trainer: Trainer, experience: Experience, loss: Loss, extras: tuple[str, str], stop: Callable[[], bool]
     ) -> list[Stats]:
         """One gradient step a mini-batch."""
         fields = {"old_log_probs": "old", "old_values": "values"}
@@ -176,7 +180,7 @@ class Ppo:
             for group in experience.micros:
                 flat = [{name: getattr(micro, fields.get(name, name)) for name in extras} for micro in group]
                 batches = [micro.with_extras(**tensors) for micro, tensors in zip(group, flat, strict=True)]
-                stats.append(trainer.step(batches, loss, stop))
+                stats.append(trainer.step(batches, loss, stop()))
         return stats
 
     def _gaps(self, experience: Experience) -> dict[str, float]:
@@ -208,6 +212,6 @@ class Ppo:
         return record, answered, scores
 
 
-def _values(output: Tensor, batch: Any) -> Tensor:
+def _values(output: Tensor, batch: Batch) -> Tensor:
     """An engine read: the critic's value at every place."""
     return output[:, 0]

@@ -25,7 +25,7 @@ class TokenLogProbs:
     """Log-probability of each label at the sampling temperature, 0 where there is none: (T,), equal on all tp ranks.
 
     Old log-probabilities are read with this from the model that sampled, so that the first ratio of PolicyLoss, which
-    goes the same way, is exactly 1. Logits are divided by the temperature in their own precision.
+    goes the same way, is exactly 1. Logits are divided by the temperature in at least fp32.
     """
 
     vocab: int
@@ -112,8 +112,8 @@ def explained_variance(means: Mapping[str, float]) -> float:
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature, in their own memory."""
-    return logits if temperature == 1 else logits.div_(temperature)
+    """logits / temperature, in at least fp32 as the sampler divides; in their own memory where that is theirs."""
+    return logits if temperature == 1 else logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
 
 
 def _label_log_probs(logits: Tensor, labels: Tensor, vocab: int, tp: Axis) -> Tensor:

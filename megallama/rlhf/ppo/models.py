@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
 
@@ -12,7 +13,7 @@ from megallama.checkpoint.formats import Source
 from megallama.config import Config, ModelConfig
 from megallama.inference.consolidate import Consolidation, generation_mesh
 from megallama.parallel.pieces import Slot
-from megallama.rlhf.judges import Judges, open_judge
+from megallama.rlhf.judges import Judges, judge_source, open_judge
 from megallama.runtime.mesh import Mesh
 from megallama.train.models import adopt, frozen, mesh_for, open_weights, scored
 from megallama.train.residence import Residence
@@ -33,6 +34,7 @@ class Models:
         actor, critic: trained.
         reference: the policy at the start, frozen.
         judges: the reward models.
+        sources: where the reference and the judges come from, by name.
         watch: a further reward model that trains nobody, or None.
         consolidation: the actor in the generation layout.
 
@@ -48,28 +50,35 @@ class Models:
                 f"weights:FOLDER, also when a run goes on"
             )
         policy = open_weights(start)
+        self.sources: dict[str, Source] = {"the policy at the start": policy}
         plain, vocabulary = (
             replace(config, model=ModelConfig()),
             config.model.vocab_size,
         )  # judges have their own shapes
         self.judges = Judges(plain, mesh, vocabulary)
         self.watch = open_judge("watch", plain, mesh, vocabulary)
-        self.reference = frozen(config, mesh, policy)
-        self.actor = empty_trainer(_updates(config), mesh)
-        _start(self.actor, policy)
+        for name in ("helpfulness", "safety"):
+            judge = judge_source(name, plain, mesh.world.size, vocabulary)
+            if judge is not None:
+                self.sources[f"judges.{name}"] = judge
+        self._residences: dict[int, Residence] = {}  # each leaves before the next one comes
+        self.reference = self._housed(frozen(config, mesh, policy))
+        self.actor = self._housed(_started(_updates(config), mesh, policy))
         values = scored(open_weights(config.ppo.critic or config.judges.helpfulness or ""), config.train.seed)
         learner = adopt(_updates(plain), values.model, values.folder)
         if config.ppo.critic_lr is not None:
             learner = replace(learner, optim=replace(learner.optim, lr=config.ppo.critic_lr))
-        self.critic = empty_trainer(learner, mesh_for(values.model, mesh))
-        _start(self.critic, values)
-        self.residences = {id(trainer): Residence(trainer) for trainer in (self.actor, self.critic, self.reference)}
+        self.critic = self._housed(_started(learner, mesh_for(values.model, mesh), values))
         tp = config.generate.tp or config.parallel.tp
         self.consolidation = Consolidation(self.actor, generation_mesh(self.actor.config, tp, mesh))
 
-    def at_work(self, trainer: Trainer):
+    def _housed(self, trainer: Trainer) -> Trainer:
+        self._residences[id(trainer)] = Residence(trainer)
+        return trainer
+
+    def at_work(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Context in which actor, critic or reference is on its device."""
-        return self.residences[id(trainer)].at_work()
+        return self._residences[id(trainer)].at_work()
 
     def slots(self) -> Iterator[tuple[Slot, dict[str, Tensor]]]:
         """What a checkpoint holds: the actor, and the critic under its own names."""
@@ -96,6 +105,8 @@ def _updates(config: Config) -> Config:
     return replace(config, train=replace(config.train, steps=config.train.steps * updates(config)))
 
 
-def _start(trainer: Trainer, source: Source) -> None:
+def _started(config: Config, mesh: Mesh, source: Source) -> Trainer:
+    trainer = empty_trainer(config, mesh)
     assert trainer.optimizer is not None, "it is to be trained"
     trainer.optimizer.load_weights(source.read)
+    return trainer

@@ -137,15 +137,18 @@ def estimate_advantages(micros: Sequence[Micro], scores: Tensor, ppo: PpoConfig,
     Args:
         scores: (rows,) whitened, of the whole iteration.
     """
-    total = torch.zeros(3, dtype=torch.float64)
-    for micro in micros:
-        own = scores[micro.rows]
-        rewards = token_rewards(own, micro.old, micro.reference, micro.bounds, ppo.beta)
-        micro.advantages, micro.returns = gae(rewards, micro.values, micro.bounds, ppo.discount, ppo.gae_lambda)
-        total += moments(micro.advantages)
-    total = all_reduce(total.to(mesh.device), mesh.dp).cpu()
-    for micro in micros:
-        micro.advantages = whiten_by(micro.advantages, total)
+    rows = [n for micro in micros for n in micro.rows]
+    ends = accumulate((micro.bounds[-1] for micro in micros), initial=0)
+    bounds = (0, *(end + bound for end, micro in zip(ends, micros, strict=False) for bound in micro.bounds[1:]))
+    old, reference, values = (
+        torch.cat([getattr(micro, name) for micro in micros]) for name in ("old", "reference", "values")
+    )
+    rewards = token_rewards(scores[rows], old, reference, bounds, ppo.beta)
+    advantages, returns = gae(rewards, values, bounds, ppo.discount, ppo.gae_lambda)
+    advantages = whiten_by(advantages, all_reduce(moments(advantages).to(mesh.device), mesh.dp).cpu())
+    sizes = [micro.bounds[-1] for micro in micros]
+    for micro, a, r in zip(micros, advantages.split(sizes), returns.split(sizes), strict=True):
+        micro.advantages, micro.returns = a, r
 
 
 def kl_of_rows(micro: Micro) -> list[float]:

@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megallama.checkpoint import Checkpointer
+from megallama.checkpoint.formats import StoreSource, check_export, write_hf
 from megallama.config import Config
 from megallama.data import read_prompts
 from megallama.rlhf.judges import Scores
@@ -23,7 +26,8 @@ from megallama.runtime.mesh import Mesh
 from megallama.runtime.metrics import Metrics, memory
 from megallama.runtime.progress import Progress
 from megallama.train.loop import tell_failed_saves
-from megallama.train.run import of_weights, on_mesh, run_folder, write_config
+from megallama.train.models import identity
+from megallama.train.run import of_weights, on_mesh, run_folder, tokenizer_of, write_config
 from megallama.train.sources import chat_format, digest
 
 BEST = "best"
@@ -74,6 +78,7 @@ class PpoRun:
         files = [path for path in (ppo.prompts, ppo.valid_prompts) if path]
         self.fingerprints = {"format": form.fingerprint()} | {f"data {path}": digest(path) for path in files}
         self.models = Models(config, mesh)
+        self.identities = {name: identity(source) for name, source in self.models.sources.items()}
         self.ppo = Ppo(config, self.models, form.tokenizer, prompts, valid)
         actor, critic, saves = self.models.actor, self.models.critic, config.checkpoint
         beside = {CRITIC: critic.config.model}
@@ -82,6 +87,8 @@ class PpoRun:
         )
         self.best = Checkpointer(self.folder / BEST, mesh, actor.config.model, keep=1)
         self.at = Progressed()
+        if saves.export_hf and self.first:
+            check_export(Path(saves.export_hf), tokenizer_of(config), actor.config.model)
 
     def where(self) -> str:
         """For messages about a failure."""
@@ -98,25 +105,26 @@ class PpoRun:
                 stack.callback(self.checkpointer.wait)
             if self.first:
                 write_config(self.config)
-            metrics = stack.enter_context(Metrics(self.folder, self.at.iteration)) if self.first else None
+            last_kept = self.at.iteration or -1  # a run that starts anew measures step 0 again
+            metrics = stack.enter_context(Metrics(self.folder, last_kept)) if self.first else None
             every = self.config.log.interval
             progress = Progress(train.steps, self.at.iteration, every) if self.first else Progress.silent()
             stack.enter_context(progress)
             stop = stack.enter_context(StopSignal())
             for line in notes:
                 progress.note(line)
-            if self.at.iteration == 0 and self.ppo.valid:
-                self._validate(progress)  # what there is to beat
+            if self.at.iteration == 0 and self.ppo.valid:  # what there is to beat
+                self._note_metrics({"step": 0} | self._validate(progress), metrics, progress)
             while self.at.iteration < last and not self._exhausted(progress):
                 iteration = self.at.iteration + 1
-                record, skipped, asked = self.ppo.iterate(iteration, bool(stop))
+                record, skipped, asked = self.ppo.iterate(iteration, lambda: bool(stop))
                 self.at.iteration = iteration
                 record = self._head(iteration) | record
-                ends = iteration == last or asked
-                if self.ppo.valid and (ends or _due(iteration, train.valid_interval)):
+                # Whoever asks to stop may not wait for long.
+                if self.ppo.valid and not asked and (iteration == last or _due(iteration, train.valid_interval)):
                     record |= self._validate(progress)
                 self._report(record, skipped, metrics, progress)
-                if ends or _due(iteration, saves.interval) or self._exhausted(None):
+                if asked or iteration == last or _due(iteration, saves.interval) or self._exhausted(None):
                     self._save()
                 tell_failed_saves(self.checkpointer, iteration, progress)
                 if asked:
@@ -130,6 +138,17 @@ class PpoRun:
                     f"best held-out reward {self.at.best:.4f} after iteration {self.at.best_iteration}: "
                     f"{self.best.folder(self.at.best_iteration)}"
                 )
+            self._export(progress)
+
+    def _export(self, progress: Progress) -> None:
+        """The best actor, or the last where none was held against prompts, in Hugging Face's format."""
+        target = self.config.checkpoint.export_hf
+        if target is None or not self.first or self.at.iteration < self.config.train.steps:
+            return
+        best = self.best.folder(self.at.best_iteration)
+        source = StoreSource(best if best.is_dir() else self.checkpointer.folder(self.at.iteration))
+        write_hf(source, Path(target), torch.bfloat16, tokenizer=tokenizer_of(self.config))
+        progress.note(f"HF export of {source.folder.name} in {target}")
 
     def _head(self, iteration: int) -> dict[str, Any]:
         consumed = iteration * self.config.ppo.rollouts
@@ -156,13 +175,12 @@ class PpoRun:
         else:
             self.at.stale += 1
         if self.first:
-            self._write_samples(answered, scores)
+            self._write_samples(answered, scores, progress)
         return record
 
-    def _write_samples(self, answered: Answered, scores: Scores) -> None:
+    def _write_samples(self, answered: Answered, scores: Scores, progress: Progress) -> None:
         """The held-out answers, for people to read."""
         path = self.folder / "samples" / f"step_{self.at.iteration:08d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
         form = chat_format(self.config)
         lines = []
         for n, (prompt, row) in enumerate(zip(answered.prompts, answered.rows, strict=True)):
@@ -176,8 +194,12 @@ class PpoRun:
                 "safety": None if scores.safety is None else float(scores.safety[n]),
             }
             lines.append(json.dumps(line, ensure_ascii=False))
-        path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            path.with_suffix(".tmp").replace(path)
+        except OSError as error:
+            progress.note(f"no samples in {path}, the run goes on: {error.strerror}")
 
     def _report(self, record: dict[str, Any], skipped: bool, metrics: Metrics | None, progress: Progress) -> None:
         iteration = self.at.iteration
@@ -185,8 +207,7 @@ class PpoRun:
         event = "a gradient was not finite: that step changed no weights" if skipped else None
         if event:
             progress.note(f"iteration {iteration}: {event}")
-        if metrics is not None and (lost := metrics.write(record | ({"event": event} if event else {}))):
-            progress.note(f"iteration {iteration}: {lost}")
+        self._note_metrics(record | ({"event": event} if event else {}), metrics, progress)
         self.at.bad = self.at.bad + 1 if skipped else 0
         if self.at.bad >= self.config.train.max_bad_steps:
             self.checkpointer.wait()
@@ -195,6 +216,10 @@ class PpoRun:
                 f"{self.config.train.max_bad_steps}); lower optim.lr={self.config.optim.lr}, or ppo.critic_lr"
             )
 
+    def _note_metrics(self, record: dict[str, Any], metrics: Metrics | None, progress: Progress) -> None:
+        if metrics is not None and (lost := metrics.write(record)):
+            progress.note(f"iteration {self.at.iteration}: {lost}")
+
     def _meta(self) -> dict[str, Any]:
         actor, critic = self.models.actor.optimizer, self.models.critic.optimizer
         assert actor is not None and critic is not None, "both are trained"
@@ -202,7 +227,7 @@ class PpoRun:
             "consumed_samples": self.at.iteration * self.config.ppo.rollouts,
             "updates": actor.updates,
             "critic_updates": critic.updates,
-            "fingerprints": self.fingerprints,
+            "fingerprints": self.fingerprints | self.identities,
             "stage": "ppo",
             "progressed": {key: None if value != value else value for key, value in asdict(self.at).items()},
         }
@@ -220,11 +245,18 @@ class PpoRun:
         models = self.models
         with models.at_work(models.actor), models.at_work(models.critic):
             store = self.checkpointer.load_newest(lambda store: models.slots(), note)
+            self.best.forget_after(store.manifest["progressed"]["best_iteration"] if store is not None else -1)
             if store is None:
                 note(f"starting from the weights of {self.config.checkpoint.load}")
                 return
             models.publish()
         manifest, steps = store.manifest, updates(self.config)
+        for name, value in self.identities.items():
+            if manifest["fingerprints"].get(name) != value:
+                raise ValueError(
+                    f"{name} was {manifest['fingerprints'].get(name)} when this run began, and is now {value}; a run "
+                    f"keeps its models: name those, or set another output_dir"
+                )
         state = manifest["progressed"]
         self.at = Progressed(**state | {"best": math.nan if state["best"] is None else state["best"]})
         for trainer, count in ((models.actor, manifest["updates"]), (models.critic, manifest["critic_updates"])):

@@ -25,7 +25,7 @@ from megallama.data import Tokenizer, key, read_prompts
 from megallama.inference.consolidate import generation_config, generation_mesh
 from megallama.inference.generator import Generator
 from megallama.inference.sampling import Answer, Request, Sampling
-from megallama.rlhf.chat_model import from_first_rank, weights_fingerprint
+from megallama.rlhf.chat_model import from_first_rank
 from megallama.rlhf.judges import Judges, combined, judge_source
 from megallama.rlhf.parts import SETTINGS, Parts
 from megallama.rlhf.prompts import TokenPrompt, tokenise
@@ -34,7 +34,7 @@ from megallama.rlhf.rejection.harvest import harvest
 from megallama.runtime.launch import resolve
 from megallama.runtime.mesh import Mesh
 from megallama.runtime.progress import Progress
-from megallama.train.models import adopt, frozen, open_weights
+from megallama.train.models import adopt, frozen, identity, open_weights
 from megallama.train.residence import Residence
 from megallama.train.run import on_mesh, run_folder, write_config
 from megallama.train.sources import chat_format, digest
@@ -225,11 +225,6 @@ class Models:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         with self._residence.at_work():
             return self._generator.run(requests)
-
-
-def identity(source: Source) -> str:
-    """Which weights: their folder, which names the step, and what tells them from others that lay there."""
-    return f"{source.folder.resolve()} ({weights_fingerprint(source.folder)[:16]})"
 
 
 def seeds_of(seed: int, place: int, temperatures: int, samples: int) -> list[list[int]]:
