@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
+
 import pytest
 import torch
 from alignment_world import MODEL, RandomSource, World, config_of, make_world
@@ -59,11 +62,19 @@ def test_a_frozen_model_is_copied_to_the_host_once(world):
     assert all(p.untyped_storage().nbytes() == 0 for stage in trainer.stages.values() for p in stage.parameters())
 
 
+def late(publish, seconds: float) -> None:
+    """The other replica's gather waits for this one."""
+    time.sleep(seconds)
+    publish()
+
+
 def two_replicas(rank: int, size: int, config, moves: bool) -> list[float]:
     trainer = empty_trainer(config, build_mesh(1, 1, MODEL.num_key_value_heads, False, torch.device("cpu")))
     trainer.optimizer.load_weights(RandomSource(MODEL).read)
+    for bucket in (bucket for held in trainer.optimizer.buckets.values() for bucket in held):
+        bucket.publish = partial(late, bucket.publish, 0.1 * rank)
     residence, seen = Residence(trainer, idle=moves), []
-    for _ in range(6):
+    for _ in range(3):
         with residence.at_work():
             seen.append(trainer.step(batch(), NextToken(MODEL.vocab_size, trainer.mesh.tp)).loss)
     return seen
