@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from runs import MODEL, Layout, config_of, flip_last_bit, go, names, newest, open_run, run_alone, save
+from small_runs import MODEL, Layout, config_of, flip_last_bit, go, names, newest, open_run, run_alone, save
 from torch import Tensor
 
 from distributed import forkserver, run_ranks

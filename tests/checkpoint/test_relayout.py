@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from runs import STATES, Canonical, Layout, canonical, config_of, go, open_run, same, save
+from small_runs import STATES, Canonical, Layout, canonical, config_of, go, open_run, same, save
 from torch import Tensor
 
 from distributed import Ranks

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from runs import (
+from small_runs import (
     MODEL,
     ROWS,
     TIED,
