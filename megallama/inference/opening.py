@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megallama.checkpoint.formats import Source
-from megallama.checkpoint.formats.tokenizer_files import fitting_tokenizer, tokenizer_in
+from megallama.checkpoint.formats.tokenizer_files import fitting_tokenizer
 from megallama.config import LM, Config
 from megallama.data import Tokenizer
 from megallama.inference.consolidate import generation_config
 from megallama.inference.sampling import Sampling
 from megallama.runtime.launch import resolve
-from megallama.train.models import adopt, open_weights
+from megallama.train.models import adopt, known_tokenizer, open_weights
 
 
 class Opened(NamedTuple):
@@ -59,7 +59,7 @@ def open_model(config: Config) -> Opened:
 
 
 def _tokenizer(config: Config, source: Source) -> Tokenizer:
-    path = Path(config.data.tokenizer) if config.data.tokenizer else tokenizer_in(source.folder)
+    path = Path(config.data.tokenizer) if config.data.tokenizer else known_tokenizer(source.folder)
     if path is None:
         raise ValueError(
             f"data.tokenizer is empty, and {source.folder} has no tokenizer: name the one that it was trained with"

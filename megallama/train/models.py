@@ -8,10 +8,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from megallama.checkpoint.formats import HFSource, Source, StoreSource
 from megallama.checkpoint.formats.hf import CONFIG
+from megallama.checkpoint.formats.tokenizer_files import tokenizer_in
 from megallama.checkpoint.store import MANIFEST
 from megallama.config import SCALAR, Config, ModelConfig
 from megallama.model.canonical import SCORE, canonical_shapes
@@ -92,6 +94,23 @@ def adopt(config: Config, model: ModelConfig, where: Path) -> Config:
     if wrong:
         raise ValueError(f"{where} holds another model: {', '.join(wrong)}; leave model.* out, weights bring it along")
     return replace(config, model=replace(model, **chosen))
+
+
+def without_batches(config: Config, world: int) -> Config:
+    """The configuration with a global batch that every layout of the ranks accepts: nothing is trained."""
+    size = config.train.micro_batch_size * world
+    return replace(config, train=replace(config.train, global_batch_size=size, ramp=None, compile=False))
+
+
+def known_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer in a model's folder, else the one that the run of a checkpoint was given; None where neither is."""
+    if own := tokenizer_in(folder):
+        return own
+    settings = folder.parent.parent / "config.yaml"
+    if not settings.is_file():
+        return None
+    named = ((yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("data") or {}).get("tokenizer")
+    return Path(named) if named and Path(named).exists() else None
 
 
 def mesh_for(model: ModelConfig, mesh: Mesh) -> Mesh:

@@ -7,6 +7,7 @@ rating; and calibration: how often people preferred what the model prefers with 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from rich.table import Table
 
 from megallama.config import SCALAR, Config
 from megallama.data import read_pairs
+from megallama.runtime.launch import resolve
 from megallama.runtime.mesh import Mesh
-from megallama.train.models import adopt, frozen, mesh_for, open_weights
+from megallama.train.models import adopt, frozen, mesh_for, open_weights, without_batches
 from megallama.train.ranking import Bin, Judged, accuracy_by_rating, calibration, expected_calibration_error
 from megallama.train.reward import Test, encode, judge
 from megallama.train.run import on_mesh, run_folder
@@ -47,7 +49,7 @@ def run(config: Config) -> int:
         if source.model.head != SCALAR:
             raise ValueError(f"{path} is a language model, not a reward model; name the output_dir of stage reward")
     source = open_weights(reward.models[0])
-    config = adopt(config, source.model, source.folder)
+    config = adopt(without_batches(config, resolve(os.environ).size), source.model, source.folder)
     with on_mesh(config, lambda: "reward-eval") as mesh:
         verdicts = judge_all(config, mesh)
         with run_folder(config, mesh):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megallama.checkpoint import Checkpointer, Store
 from megallama.checkpoint.checkpointer import Slots, checkpoint_folders
 from megallama.checkpoint.formats import StoreSource, check_export, require_model, write_hf
-from megallama.config import SCALAR, Config, dump
+from megallama.config import SCALAR, Config, DataConfig, dump
 from megallama.runtime.faults import guard
 from megallama.runtime.launch import TIMEOUT, connect, disconnect, rendezvous, resolve
 from megallama.runtime.lock import sole_owner
@@ -22,7 +23,7 @@ from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.runtime.metrics import Metrics
 from megallama.runtime.progress import Progress
 from megallama.train.loop import Loop, Task
-from megallama.train.models import adopt, open_weights, scored
+from megallama.train.models import adopt, known_tokenizer, open_weights, scored
 from megallama.train.trainer import Trainer
 
 PREFIXES = ("weights:", "hf:")
@@ -98,7 +99,8 @@ def starting_weights(load: str) -> str | None:
 
 
 def of_weights(config: Config, stage: str) -> Config:
-    """The configuration of a stage that starts from a model, with that model's shape.
+    """The configuration of a stage that starts from a model, with that model's shape, tokenizer and longest sequence
+    where they are not given.
 
     Raises:
         ValueError: checkpoint.load names no weights while the run has no checkpoint of its own, or model.* differs.
@@ -111,7 +113,13 @@ def of_weights(config: Config, stage: str) -> Config:
             f"the folder of a run, a checkpoint or a Hugging Face model"
         )
     source = open_weights(path)
-    return adopt(config, source.model, source.folder)
+    config = adopt(config, source.model, source.folder)
+    data = config.data
+    if data.tokenizer is None and (found := known_tokenizer(source.folder)):
+        data = replace(data, tokenizer=str(found))
+    if data.seq_length == DataConfig().seq_length:  # not chosen: as long as the model can
+        data = replace(data, seq_length=min(data.seq_length, config.model.max_position_embeddings))
+    return replace(config, data=data)
 
 
 def resume(

@@ -183,7 +183,7 @@ def test_two_processes_write_the_same_answers(layout: str, run: Path, prompts: P
         ("--generate.prompts ['a'] --generate.output {prompts}/x", ["generate.output=", "cannot be written"]),
         ("--generate.prompts ['a'] --generate.output {folder}", ["generate.output=", "cannot be written"]),
         ("--generate.prompts ['{long}']", ["request 0: its prompt of", "max_position_embeddings is 96"]),
-        ("--generate.prompts ['a'] --model.hidden_size 64", ["model.hidden_size=64", "has 32"]),
+        ("--generate.prompts ['a'] --model.hidden_size 64", ["hidden_size is 32 there, 64 here"]),
         ("--generate.prompts ['a'] --generate.top_p 0", ["generate.top_p=0"]),
         ("--generate.prompts ['a'] --generate.top_k -1", ["generate.top_k=-1 must be at least 0"]),
         ("--generate.prompts ['a'] --generate.temperature -1", ["generate.temperature=-1"]),

@@ -234,7 +234,7 @@ def test_models_and_test_sets_make_a_grid(world, tmp_path, capfd):
         "reward-eval", "--reward.models", json.dumps(models),
         "--reward.valid", json.dumps([str(world.pairs), str(more)]),
         "--data.tokenizer", str(world.tokenizer), "--data.seq_length", "64", "--train.dtype", "float32",
-        "--train.global_batch_size", "1", "--output_dir", str(tmp_path / "grid"),
+        "--output_dir", str(tmp_path / "grid"),
     ]  # fmt: skip
     assert main(line) == 0
     found = json.loads((tmp_path / "grid" / "reward_eval.json").read_text())

@@ -223,5 +223,9 @@ def test_the_command_line(world, tmp_path, capfd):
     assert max(record["lr"] for record in records) <= 2e-5
     assert main([*line[:1], *line[3:], "--output_dir", str(tmp_path / "other")]) == 2
     assert "set it to weights:FOLDER" in capfd.readouterr().err
+    follow = ["sft", "--checkpoint.load", f"weights:{tmp_path / 'run'}", *line[7:]]
+    assert follow[3] == "--sft.sources" and main([*follow, "--output_dir", str(tmp_path / "next")]) == 0
+    text = (tmp_path / "next" / "config.yaml").read_text()  # tokenizer and longest sequence came along
+    assert f"tokenizer: {world.tokenizer}" in text and "seq_length: 96" in text
     assert main([*line, "--model.hidden_size", "64", "--output_dir", str(tmp_path / "other")]) == 2
     assert "hidden_size is 32 there, 64 here" in capfd.readouterr().err

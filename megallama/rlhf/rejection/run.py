@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from megallama.rlhf.rejection.harvest import harvest
 from megallama.runtime.launch import resolve
 from megallama.runtime.mesh import Mesh
 from megallama.runtime.progress import Progress
-from megallama.train.models import adopt, frozen, identity, open_weights
+from megallama.train.models import adopt, frozen, identity, open_weights, without_batches
 from megallama.train.residence import Residence
 from megallama.train.run import on_mesh, run_folder, write_config
 from megallama.train.sources import chat_format, digest
@@ -74,12 +73,6 @@ def open_policy(config: Config) -> Source:
     if source.model.head == SCALAR:
         raise ValueError(f"rejection.model={config.rejection.model} is a reward model, which writes no answers")
     return source
-
-
-def without_batches(config: Config, world: int) -> Config:
-    """The configuration with a global batch that every layout of the ranks accepts: nothing is trained."""
-    size = config.train.micro_batch_size * world
-    return replace(config, train=replace(config.train, global_batch_size=size, ramp=None, compile=False))
 
 
 class RejectionRun:
