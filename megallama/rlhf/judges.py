@@ -99,7 +99,7 @@ class Judge:
 
     def __call__(self, rows: Sequence[np.ndarray]) -> Tensor:
         """Rows of prompt and answer as ids, EOS included -> (rows,) logits. Collective."""
-        with self._residence.at_work():
+        with self._residence.reading():
             return scores(self.trainer, rows)
 
 

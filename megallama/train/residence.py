@@ -15,75 +15,93 @@ class Residence:
     """Where a model's memory is. Its storages are emptied and filled in place, so that every view of them stays valid.
 
     Args:
-        trainer: the model, with its optimizer if it has one.
-        idle: whether an idle model leaves its device; None = where the device is not the host itself.
+        trainer: the model, with its optimizer if it has one; complete, as it leaves at once.
+        moves: whether an idle model leaves its device; None = where the device is not the host itself.
     """
 
-    def __init__(self, trainer: Trainer, idle: bool | None = None):
-        self._moves = trainer.mesh.device.type != "cpu" if idle is None else idle
+    def __init__(self, trainer: Trainer, moves: bool | None = None):
+        self._moves = trainer.mesh.device.type != "cpu" if moves is None else moves
         self._optimizer = trainer.optimizer
-        lasting, passing = _tensors(trainer)
-        self._lasting = _storages(lasting)
-        self._passing = [(storage, storage.nbytes()) for storage in _storages(passing)]
-        self._host: list[torch.UntypedStorage] = []
-        self._present = True
-        self.leave()
-
-    def leave(self) -> None:
-        """Copy to the host what has changed, and free the device."""
-        if not self._moves or not self._present:
-            return
-        if self._optimizer is not None:  # the gather of the last update may still be writing
-            self._optimizer.ready()
-        if not self._host:
-            pin = self._lasting[0].device.type == "cuda"
-            empty = (torch.UntypedStorage(storage.nbytes(), device="cpu") for storage in self._lasting)
-            self._host = [storage.pin_memory() if pin else storage for storage in empty]
-            self._copy(self._lasting, self._host)
-        elif self._optimizer is not None:
-            self._copy(self._lasting, self._host)
-        for storage in (*self._lasting, *(storage for storage, _ in self._passing)):
-            storage.resize_(0)
-        self._present = False
-
-    def enter(self) -> None:
-        """Back to the device."""
-        if self._present:
-            return
-        for storage, host in zip(self._lasting, self._host, strict=True):
-            storage.resize_(host.nbytes())
-        for storage, size in self._passing:
-            storage.resize_(size)
-        self._copy(self._host, self._lasting)
-        self._present = True
-
-    @staticmethod
-    def _copy(sources: list[torch.UntypedStorage], targets: list[torch.UntypedStorage]) -> None:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        weights, states, grads = _tensors(trainer)
+        self._weights = _storages(weights)
+        self._states = [s for s in _storages(states) if s._cdata not in {w._cdata for w in self._weights}]
+        self._grads = [(storage, storage.nbytes()) for storage in _storages(grads)]
+        self._host: dict[int, torch.UntypedStorage] = {}
+        if self._moves:
+            for storage in (*self._weights, *self._states):
+                host = torch.UntypedStorage(storage.nbytes(), device="cpu")
+                self._host[storage._cdata] = host.pin_memory() if storage.device.type == "cuda" else host
+            self._leave()
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The model is on its device inside."""
-        self.enter()
+    def reading(self) -> Iterator[None]:
+        """The weights are on the device inside; nobody changes them."""
+        if not self._moves:
+            yield
+            return
+        self._fill(self._weights)
         try:
             yield
         finally:
-            self.leave()
+            _empty(self._weights)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """All of the model is on the device inside; what it has become goes to the host."""
+        if not self._moves:
+            yield
+            return
+        self._fill([*self._weights, *self._states])
+        for storage, size in self._grads:
+            storage.resize_(size)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def at_rest(self, view: Tensor) -> Tensor:
+        """A view of the idle model's memory, where that now lies."""
+        if not self._moves:
+            return view
+        host = self._host[view.untyped_storage()._cdata]
+        return torch.empty(0, dtype=view.dtype).set_(host, view.storage_offset(), view.size(), view.stride())
+
+    def _fill(self, storages: list[torch.UntypedStorage]) -> None:
+        for storage in storages:
+            storage.resize_(self._host[storage._cdata].nbytes())
+            storage.copy_(self._host[storage._cdata], non_blocking=True)
+        _finish_copies()
+
+    def _leave(self) -> None:
+        if self._optimizer is not None:  # the gather of the last update may still be writing
+            self._optimizer.ready()
+        lasting = [*self._weights, *self._states]
+        for storage in lasting:
+            self._host[storage._cdata].copy_(storage, non_blocking=True)
+        _finish_copies()
+        _empty([*lasting, *(storage for storage, _ in self._grads)])
 
 
-def _tensors(trainer: Trainer) -> tuple[list[Tensor], list[Tensor]]:
-    """What must survive, and what each step makes anew (gradients)."""
+def _finish_copies() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _empty(storages: list[torch.UntypedStorage]) -> None:
+    for storage in storages:
+        storage.resize_(0)
+
+
+def _tensors(trainer: Trainer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What a forward pass reads, what else must survive, and what each step makes anew (gradients)."""
     if trainer.optimizer is None:
-        return [parameter.data for stage in trainer.stages.values() for parameter in stage.parameters()], []
+        return [parameter.data for stage in trainer.stages.values() for parameter in stage.parameters()], [], []
     buckets = [bucket for held in trainer.optimizer.buckets.values() for bucket in held]
-    lasting = [t for bucket in buckets for t in (bucket.weights, bucket.master, bucket.exp_avg, bucket.exp_avg_sq)]
-    return lasting, [bucket.grads for bucket in buckets]
+    states = [state for bucket in buckets for state in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq)]
+    return [bucket.weights for bucket in buckets], states, [bucket.grads for bucket in buckets]
 
 
 def _storages(tensors: list[Tensor]) -> list[torch.UntypedStorage]:
     """Each storage once, though several tensors be views of it."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
+    found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors if tensor.numel()}
     return list(found.values())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,14 @@ from megallama.alignment import JudgesConfig, PpoConfig
 from megallama.checkpoint.checkpointer import checkpoint_folders
 from megallama.config import Config, dump
 from megallama.parallel.pieces import views
+from megallama.rlhf.ppo import models
 from megallama.rlhf.ppo.rewards import whiten
 from megallama.rlhf.ppo.rollout import kl_of_rows
 from megallama.rlhf.ppo.run import PpoRun
 from megallama.runtime.mesh import build_mesh
 from megallama.runtime.metrics import read_metrics
 from megallama.train.models import open_weights
+from megallama.train.residence import Residence
 from megallama.train.run import run_folder
 from megallama.train.trainer import Trainer
 
@@ -139,6 +142,27 @@ def test_it_goes_on_bitwise_after_a_stop(world):
     for name in ("checkpoints/step_00000004",):
         a, b = (Path(c.output_dir) / name for c in (ppo_config(world, "whole"), config))
         assert weights(a) == weights(b)
+
+
+def moving(rank: int, size: int, config: Config) -> list[dict]:
+    """The run with idle models that leave the device, which here is the host too."""
+    usual = models.Residence
+    models.Residence = partial(Residence, moves=True)
+    try:
+        return go(rank, size, config)
+    finally:
+        models.Residence = usual
+
+
+def test_models_that_leave_the_device_learn_the_same(world):
+    """Two replicas, with a stop and another start in between."""
+    stays, moves = ppo_config(world, "stays", (1, 1, 2)), ppo_config(world, "moves", (1, 1, 2))
+    with Ranks(2) as ranks:
+        expected = ranks.run(go, stays)[0]
+        ranks.run(moving, replace(moves, train=replace(moves.train, stop_after=2)))
+        assert differences(expected, ranks.run(moving, moves)[0]) == 0.0
+    last = "checkpoints/step_00000004"
+    assert weights(Path(stays.output_dir) / last) == weights(Path(moves.output_dir) / last)
 
 
 def command(config: Config, path: Path) -> list[str]:

@@ -35,9 +35,9 @@ def trained(world: World) -> Trainer:
 
 def losses(world: World, moves: bool) -> list[float]:
     trainer, seen = trained(world), []
-    residence = Residence(trainer, idle=moves)
+    residence = Residence(trainer, moves=moves)
     for _ in range(4):
-        with residence.at_work():
+        with residence.training():
             seen.append(trainer.step(batch(), NextToken(MODEL.vocab_size, Mesh().tp)).loss)
         held = [b for buckets in trainer.optimizer.buckets.values() for b in buckets]
         sizes = [getattr(b, name).untyped_storage().nbytes() for b in held for name in ("weights", "grads", "exp_avg")]
@@ -53,12 +53,12 @@ def test_a_trained_model_goes_on_as_if_it_had_stayed(world):
 def test_a_frozen_model_is_copied_to_the_host_once(world):
     trainer = frozen(config_of(world, "frozen", dtype="float32"), Mesh(), RandomSource(MODEL))
     expected = trainer.infer(batch(), lambda output, batch: output.clone())[0]
-    residence = Residence(trainer, idle=True)
-    kept = [storage.data_ptr() for storage in residence._host]
+    residence = Residence(trainer, moves=True)
+    kept = [storage.data_ptr() for storage in residence._host.values()]
     for _ in range(2):
-        with residence.at_work():
+        with residence.reading():
             assert torch.equal(trainer.infer(batch(), lambda output, batch: output.clone())[0], expected)
-    assert [storage.data_ptr() for storage in residence._host] == kept
+    assert [storage.data_ptr() for storage in residence._host.values()] == kept
     assert all(p.untyped_storage().nbytes() == 0 for stage in trainer.stages.values() for p in stage.parameters())
 
 
@@ -73,9 +73,9 @@ def two_replicas(rank: int, size: int, config, moves: bool) -> list[float]:
     trainer.optimizer.load_weights(RandomSource(MODEL).read)
     for bucket in (bucket for held in trainer.optimizer.buckets.values() for bucket in held):
         bucket.publish = partial(late, bucket.publish, 0.1 * rank)
-    residence, seen = Residence(trainer, idle=moves), []
+    residence, seen = Residence(trainer, moves=moves), []
     for _ in range(3):
-        with residence.at_work():
+        with residence.training():
             seen.append(trainer.step(batch(), NextToken(MODEL.vocab_size, trainer.mesh.tp)).loss)
     return seen
 

@@ -140,7 +140,7 @@ class Ppo:
     def _answer(self, prompts: Sequence[TokenPrompt], numbers: Sequence[int]) -> Answered:
         """Answers by the actor as it is now; `numbers` of the answers in the run decide their seeds."""
         models, config = self.models, self.config
-        with models.at_work(models.actor), models.consolidation.gathered() as generating:
+        with models.reading(models.actor), models.consolidation.gathered() as generating:
             generator = Generator(generating, self.tokenizer, config.generate.rows)
             seeds = seeds_of(config.train.seed, numbers)
             return answer(generator, prompts, self.sampling, config.data.seq_length, seeds)
@@ -166,7 +166,7 @@ class Ppo:
 
     def _read(self, trainer: Trainer, micros: Sequence[Micro], read: Read) -> list[Tensor]:
         """(N,) of every micro-batch's answer tokens."""
-        with self.models.at_work(trainer):
+        with self.models.reading(trainer):
             found = trainer.infer([micro.batch for micro in micros], read)
         return [micro.flat(tokenwise) for micro, tokenwise in zip(micros, found, strict=True)]
 
@@ -176,7 +176,7 @@ class Ppo:
         """One gradient step a mini-batch."""
         fields = {"old_log_probs": "old", "old_values": "values"}
         stats = []
-        with self.models.at_work(trainer):
+        with self.models.training(trainer):
             for group in experience.micros:
                 flat = [{name: getattr(micro, fields.get(name, name)) for name in extras} for micro in group]
                 batches = [micro.with_extras(**tensors) for micro, tensors in zip(group, flat, strict=True)]

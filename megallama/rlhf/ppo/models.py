@@ -61,6 +61,7 @@ class Models:
             judge = judge_source(name, plain, mesh.world.size, vocabulary)
             if judge is not None:
                 self.sources[f"judges.{name}"] = judge
+        self._slots: dict[int, list[tuple[Slot, dict[str, Tensor]]]] = {}
         self._residences: dict[int, Residence] = {}  # each leaves before the next one comes
         self.reference = self._housed(frozen(config, mesh, policy))
         self.actor = self._housed(_started(_updates(config), mesh, policy))
@@ -73,26 +74,39 @@ class Models:
         self.consolidation = Consolidation(self.actor, generation_mesh(self.actor.config, tp, mesh))
 
     def _housed(self, trainer: Trainer) -> Trainer:
+        if trainer.optimizer is not None:  # views of memory that is about to leave: they stay valid
+            self._slots[id(trainer)] = list(trainer.optimizer.slots())
         self._residences[id(trainer)] = Residence(trainer)
         return trainer
 
-    def at_work(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Context in which actor, critic or reference is on its device."""
-        return self._residences[id(trainer)].at_work()
+    def reading(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Context in which the weights of actor, critic or reference are on the device."""
+        return self._residences[id(trainer)].reading()
+
+    def training(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Context in which all of actor or critic is on the device."""
+        return self._residences[id(trainer)].training()
+
+    def _at_rest(self, trainer: Trainer) -> Iterator[tuple[Slot, dict[str, Tensor]]]:
+        residence = self._residences[id(trainer)]
+        for slot, states in self._slots[id(trainer)]:
+            yield slot, {name: residence.at_rest(view) for name, view in states.items()}
 
     def slots(self) -> Iterator[tuple[Slot, dict[str, Tensor]]]:
-        """What a checkpoint holds: the actor, and the critic under its own names."""
-        assert self.actor.optimizer is not None and self.critic.optimizer is not None, "both are trained"
-        beside = (
-            (slot._replace(name=f"{CRITIC}.{slot.name}"), states) for slot, states in self.critic.optimizer.slots()
-        )
-        return chain(self.actor.optimizer.slots(), beside)
+        """What a checkpoint holds, where it lies while nobody works: the actor, and the critic under its own names."""
+        beside = ((slot._replace(name=f"{CRITIC}.{slot.name}"), states) for slot, states in self._at_rest(self.critic))
+        return chain(self._at_rest(self.actor), beside)
+
+    def actor_weights(self) -> Iterator[tuple[Slot, dict[str, Tensor]]]:
+        """The actor without its optimizer."""
+        return ((slot, {"weight": states["weight"]}) for slot, states in self._at_rest(self.actor))
 
     def publish(self) -> None:
         """After slots have been loaded. Collective."""
         for trainer in (self.actor, self.critic):
             assert trainer.optimizer is not None, "both are trained"
-            trainer.optimizer.publish()
+            with self.training(trainer):
+                trainer.optimizer.publish()
 
 
 def updates(config: Config) -> int:

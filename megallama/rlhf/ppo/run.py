@@ -167,10 +167,7 @@ class PpoRun:
         record, answered, scores = self.ppo.validate()
         if not record["valid_reward"] <= self.at.best:  # the first has nothing to beat
             self.at.best, self.at.best_iteration, self.at.stale = record["valid_reward"], self.at.iteration, 0
-            actor = self.models.actor
-            assert actor.optimizer is not None, "the actor is trained"
-            with self.models.at_work(actor):
-                self.best.save(self.at.iteration, actor.optimizer.weights(), self._meta())
+            self.best.save(self.at.iteration, self.models.actor_weights(), self._meta())
             tell_failed_saves(self.best, self.at.iteration, progress)
         else:
             self.at.stale += 1
@@ -233,9 +230,7 @@ class PpoRun:
         }
 
     def _save(self) -> None:
-        models = self.models
-        with models.at_work(models.actor), models.at_work(models.critic):
-            self.checkpointer.save(self.at.iteration, models.slots(), self._meta())
+        self.checkpointer.save(self.at.iteration, self.models.slots(), self._meta())
 
     def _resume(self, note: Callable[[str], None]) -> None:
         """Go on from the newest valid checkpoint of actor and critic, which are one."""
@@ -243,13 +238,12 @@ class PpoRun:
             for line in checkpointer.sweep():
                 note(line)
         models = self.models
-        with models.at_work(models.actor), models.at_work(models.critic):
-            store = self.checkpointer.load_newest(lambda store: models.slots(), note)
-            self.best.forget_after(store.manifest["progressed"]["best_iteration"] if store is not None else -1)
-            if store is None:
-                note(f"starting from the weights of {self.config.checkpoint.load}")
-                return
-            models.publish()
+        store = self.checkpointer.load_newest(lambda store: models.slots(), note)
+        self.best.forget_after(store.manifest["progressed"]["best_iteration"] if store is not None else -1)
+        if store is None:
+            note(f"starting from the weights of {self.config.checkpoint.load}")
+            return
+        models.publish()
         manifest, steps = store.manifest, updates(self.config)
         for name, value in self.identities.items():
             if manifest["fingerprints"].get(name) != value:

@@ -216,7 +216,7 @@ class Models:
         self.judges = Judges(general, mesh, config.model.vocab_size)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        with self._residence.at_work():
+        with self._residence.reading():
             return self._generator.run(requests)
 
 
