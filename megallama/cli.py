@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megallama import __version__, options
 from megallama.config import Config, load
@@ -38,6 +38,10 @@ STAGES: dict[str, Stage] = {
     "chat": Stage("talk to a model on the terminal", "megallama.inference.chat:run"),
     "verify": Stage("prove a layout: its gradients against those of one process", "megallama.train.verify:run"),
 }
+
+SHAPES = dict.fromkeys(set(STAGES) - {"pretrain", "verify"}, "megallama.train.run:planned")
+"""Stages whose model comes from weights -> the function that --dry-run asks for it: "module:function", from
+configuration, stage and number of ranks to the configuration."""
 
 USAGE = """usage: megallama STAGE --config FILE [--section.key value ...] [--dry-run [--world N]]
 
@@ -105,9 +109,11 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     from megallama.plan import describe
 
     world = world or int(os.environ.get("WORLD_SIZE", config.parallel.tp * config.parallel.pp))
+    if name in SHAPES:
+        config = _function(SHAPES[name])(config, name, world)
     config.validate(world)
     if is_first_rank():
-        print(describe(config, world))
+        print(describe(config, world, name))
     return 0
 
 
@@ -130,6 +136,6 @@ def _own_flags(arguments: Sequence[str]) -> tuple[bool, int | None, list[str]]:
     return dry, world, rest
 
 
-def _function(target: str) -> Callable[[Config], int]:
+def _function(target: str) -> Callable[..., Any]:
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)

@@ -10,7 +10,11 @@ from megallama.plan.memory import rank_memory
 GIB = 2**30
 
 
-def describe(config: Config, world_size: int) -> str:
+TRAINING = ("pretrain", "verify", "sft", "reward", "ppo")
+"""Stages that train; the others hold weights and no more."""
+
+
+def describe(config: Config, world_size: int, stage: str = "pretrain") -> str:
     """Layout, parameters, work and bytes a rank of a valid configuration on `world_size` ranks."""
     m, p, t = config.model, config.parallel, config.train
     dp, seq = config.data_parallel(world_size), config.data.seq_length
@@ -28,6 +32,12 @@ def describe(config: Config, world_size: int) -> str:
         ),
         ("ranks", f"{world_size} = tp {p.tp} x pp {p.pp} x dp {dp}"),
         ("layers", _layers(config)),
+    ]
+    if stage not in TRAINING:
+        heaviest = max(row.weights for row in rank_memory(config, world_size))
+        lines.append(("weights", f"{heaviest / GIB:.3f} GiB a rank, in {t.dtype}; keys and values come on top"))
+        return _table(lines)
+    lines += [
         (
             "batch",
             f"{t.global_batch_size} samples x {seq} tokens = {tokens:,} tokens a step{ramp}; "
@@ -35,15 +45,31 @@ def describe(config: Config, world_size: int) -> str:
         ),
         ("schedule", f"{p.schedule}, recompute {p.recompute}, {t.dtype}; simulated bubble {100 * idle:.1f} %"),
         ("work", f"{flops / 1e12:,.2f} TFLOP a step (three forwards, attention counted in full)"),
-        (
-            "run",
-            f"{t.steps:,} steps, {most}{t.steps * tokens:,} tokens, peak learning rate {config.optim.lr:g}",
-        ),
+        ("run", f"{_length(config, stage, tokens, most)}, peak learning rate {config.optim.lr:g}"),
     ]
-    if config.optim.warmup_steps >= t.steps:
+    if t.steps and config.optim.warmup_steps >= t.steps:
         note = f"optim.warmup_steps={config.optim.warmup_steps} spans the run: the peak learning rate is never reached"
         lines.append(("note", note))
-    return "\n".join([*(f"{name:<10}{text}" for name, text in lines), "", *_memory_table(config, world_size)])
+    if stage == "ppo":
+        lines.append(
+            ("note", "what follows is the actor; the critic is like it, reference and judges hold weights alone")
+        )
+    return "\n".join([_table(lines), "", *_memory_table(config, world_size)])
+
+
+def _table(lines: list[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<10}{text}" for name, text in lines)
+
+
+def _length(config: Config, stage: str, tokens: int, most: str) -> str:
+    """How long the run is."""
+    steps = config.train.steps
+    if stage == "ppo":
+        rollouts, mini_batch = config.ppo.rollouts, config.train.global_batch_size
+        return f"{steps:,} iterations of {rollouts} answers and {rollouts // mini_batch} mini-batches of {mini_batch}"
+    if not steps:
+        return "as many steps as the epochs have"
+    return f"{steps:,} steps, {most}{steps * tokens:,} tokens"
 
 
 def simulated_bubble(config: Config, world_size: int) -> float:

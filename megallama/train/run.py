@@ -23,7 +23,7 @@ from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.runtime.metrics import Metrics
 from megallama.runtime.progress import Progress
 from megallama.train.loop import Loop, Task
-from megallama.train.models import adopt, known_tokenizer, open_weights, scored
+from megallama.train.models import adopt, known_tokenizer, open_weights, scored, without_batches
 from megallama.train.trainer import Trainer
 
 PREFIXES = ("weights:", "hf:")
@@ -120,6 +120,26 @@ def of_weights(config: Config, stage: str) -> Config:
     if data.seq_length == DataConfig().seq_length:  # not chosen: as long as the model can
         data = replace(data, seq_length=min(data.seq_length, config.model.max_position_embeddings))
     return replace(config, data=data)
+
+
+def planned(config: Config, stage: str, world: int) -> Config:
+    """What --dry-run describes for `world` ranks: the configuration with the shape of the weights that the stage opens.
+
+    Raises:
+        ValueError: it names none, or they differ from model.*.
+    """
+    if stage in ("sft", "reward", "ppo"):
+        config = of_weights(config, stage)
+        return replace(config, model=replace(config.model, head=SCALAR)) if stage == "reward" else config
+    answers = config.generate.model or config.output_dir
+    named = {"rejection-sample": config.rejection.model, "reward-eval": next(iter(config.reward.models), None)}
+    path = named.get(stage, answers)
+    if path is None:
+        raise ValueError(f"{stage} needs weights: set {'rejection.model' if 'rejection' in stage else 'reward.models'}")
+    source = open_weights(path)
+    config = adopt(without_batches(config, world), source.model, source.folder)
+    longest = min(config.data.seq_length, config.model.max_position_embeddings)
+    return replace(config, data=replace(config.data, seq_length=longest))
 
 
 def resume(

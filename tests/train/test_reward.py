@@ -224,6 +224,32 @@ def test_it_resumes_bitwise_and_the_command_line_works(world, tmp_path, capfd):
     assert "weights:" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("stage, words", [
+    ("sft", ["as many steps as the epochs have", "moments"]),
+    ("reward", ["as many steps as the epochs have", "moments"]),
+    ("ppo", ["400 iterations of 512 answers and 8 mini-batches of 64", "the actor"]),
+    ("chat", ["GiB a rank, in float32"]),
+    ("generate", ["GiB a rank, in float32"]),
+    ("rejection-sample", ["GiB a rank, in float32"]),
+    ("reward-eval", ["GiB a rank, in float32"]),
+])  # fmt: skip
+def test_a_dry_run_knows_the_weights_that_a_stage_opens(world, tmp_path, capfd, stage, words):
+    from megallama.cli import main
+
+    line = [
+        stage, "--checkpoint.load", f"weights:{world.policy}", "--generate.model", str(world.policy),
+        "--rejection.model", str(world.policy), "--reward.models", json.dumps([str(world.judges[0])]),
+        "--train.dtype", "float32", "--output_dir", str(tmp_path / "run"), "--parallel.tp", "2", "--dry-run",
+    ]  # fmt: skip
+    assert main([*line, "--world", "4"]) == 0
+    told = capfd.readouterr().out
+    assert "hidden 32" in told and "4 = tp 2 x pp 1 x dp 2" in told and not (tmp_path / "run").exists()
+    for word in words:
+        assert word in told
+    assert f"own shape, {'25,792' if 'reward' in stage else '36,000'} parameters" in told
+    assert main([stage, "--dry-run", "--output_dir", str(tmp_path / "none")]) == 2
+
+
 def test_models_and_test_sets_make_a_grid(world, tmp_path, capfd):
     from megallama.cli import main
 
