@@ -332,7 +332,7 @@ def test_bad_data_is_one_line(
         (["--output_dir", "{tmp}/run.yaml/below"], "set output_dir"),
         (["--data.seq_length", "999999", "--model.max_position_embeddings", "999999"], "lower data.seq_length"),
         (["--checkpoint.load", "{tmp}/none"], "is not a checkpoint"),
-        (["--checkpoint.load", "hf:{tmp}/none"], "config.json"),
+        (["--checkpoint.load", "hf:{tmp}/none"], "is no folder of a run"),
     ],
 )
 def test_bad_settings_are_one_line(

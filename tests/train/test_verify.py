@@ -20,7 +20,7 @@ from trajectory import MODEL, against_one_process, mesh_of, on_rank, run_config
 
 from distributed import Ranks
 from megallama.config import Config, load
-from megallama.model.llama import AttentionCore
+from megallama.model import llama
 from megallama.optim.bucket import Bucket, Range
 from megallama.parallel.layers import VocabEmbedding
 from megallama.runtime.mesh import Mesh
@@ -74,10 +74,8 @@ def everything_counts_in_the_norm() -> mock._patch:
 
 
 def attention_across_documents() -> mock._patch:
-    original = AttentionCore.forward
-    return mock.patch.object(
-        AttentionCore, "forward", lambda core, qkv, turn, bounds: original(core, qkv, turn, (0, bounds[-1]))
-    )
+    original = llama.attention
+    return mock.patch.object(llama, "attention", lambda q, k, v, bounds: original(q, k, v, (0, bounds[-1])))
 
 
 def tokens_off_by_one() -> mock._patch:
