@@ -6,7 +6,6 @@ rating; and calibration: how often people preferred what the model prefers with 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from megallama.config import SCALAR, Config
 from megallama.data import read_pairs
+from megallama.data.provenance import write_json
 from megallama.runtime.launch import resolve
 from megallama.runtime.mesh import Mesh
 from megallama.train.models import adopt, frozen, mesh_for, open_weights, without_batches
@@ -56,7 +56,7 @@ def run(config: Config) -> int:
             if mesh.world.rank == 0:
                 folder = Path(config.output_dir)
                 show(verdicts)
-                write_json(verdicts, folder / REPORT)
+                write_json(folder / REPORT, numbers(verdicts))
                 plot(verdicts, folder / FIGURE)
                 print(f"{folder / REPORT}, {folder / FIGURE}")
     return 0
@@ -99,10 +99,10 @@ def show(verdicts: Verdicts) -> None:
     console.print(grid, ratings, reliability)
 
 
-def write_json(verdicts: Verdicts, path: Path) -> None:
-    """All numbers of the tables; the file appears complete."""
+def numbers(verdicts: Verdicts) -> dict[str, Any]:
+    """All that the tables show: model -> test set -> accuracy by rating, calibration and its mean error."""
 
-    def numbers(judged: list[Judged]) -> dict[str, Any]:
+    def of_test(judged: list[Judged]) -> dict[str, Any]:
         rows: list[Bin] = calibration(judged)
         return {
             "accuracy": {name: {"accuracy": a, "pairs": n} for name, (a, n) in accuracy_by_rating(judged).items()},
@@ -110,9 +110,7 @@ def write_json(verdicts: Verdicts, path: Path) -> None:
             "expected_calibration_error": expected_calibration_error(rows),
         }
 
-    content = {model: {name: numbers(judged) for name, judged in tests.items()} for model, tests in verdicts.items()}
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
+    return {model: {name: of_test(judged) for name, judged in tests.items()} for model, tests in verdicts.items()}
 
 
 def plot(verdicts: Verdicts, path: Path) -> None:

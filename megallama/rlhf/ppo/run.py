@@ -17,6 +17,7 @@ from megallama.checkpoint.formats import StoreSource, check_export, write_hf
 from megallama.config import Config
 from megallama.data import read_prompts
 from megallama.rlhf.judges import Scores
+from megallama.rlhf.parts import write_whole
 from megallama.rlhf.ppo.algorithm import Ppo, Progressed
 from megallama.rlhf.ppo.models import CRITIC, Models, updates
 from megallama.rlhf.ppo.rollout import Answered
@@ -69,17 +70,17 @@ class PpoRun:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.folder, self.first = Path(config.output_dir), mesh.world.rank == 0
-        form, ppo = chat_format(config), config.ppo
+        self.form, ppo = chat_format(config), config.ppo
 
         def opened(path: str | None) -> list[TokenPrompt]:
-            return tokenise(read_prompts(path), form, config.data.seq_length) if path else []
+            return tokenise(read_prompts(path), self.form, config.data.seq_length) if path else []
 
         prompts, valid = opened(ppo.prompts), opened(ppo.valid_prompts)
         files = [path for path in (ppo.prompts, ppo.valid_prompts) if path]
-        self.fingerprints = {"format": form.fingerprint()} | {f"data {path}": digest(path) for path in files}
+        self.fingerprints = {"format": self.form.fingerprint()} | {f"data {path}": digest(path) for path in files}
         self.models = Models(config, mesh)
         self.identities = {name: identity(source) for name, source in self.models.sources.items()}
-        self.ppo = Ppo(config, self.models, form.tokenizer, prompts, valid)
+        self.ppo = Ppo(config, self.models, self.form.tokenizer, prompts, valid)
         actor, critic, saves = self.models.actor, self.models.critic, config.checkpoint
         beside = {CRITIC: critic.config.model}
         self.checkpointer = Checkpointer(
@@ -178,13 +179,12 @@ class PpoRun:
     def _write_samples(self, answered: Answered, scores: Scores, progress: Progress) -> None:
         """The held-out answers, for people to read."""
         path = self.folder / "samples" / f"step_{self.at.iteration:08d}.jsonl"
-        form = chat_format(self.config)
         lines = []
         for n, (prompt, row) in enumerate(zip(answered.prompts, answered.rows, strict=True)):
             line = {
                 "id": prompt.record.key,
                 "messages": [{"role": m.role, "content": m.content} for m in prompt.record.messages],
-                "answer": form.text(row[len(prompt.ids) :].tolist()),
+                "answer": self.form.text(row[len(prompt.ids) :].tolist()),
                 "finished": answered.finished[n],
                 "reward": float(scores.combined[n]),
                 "helpfulness": float(scores.helpfulness[n]),
@@ -193,8 +193,7 @@ class PpoRun:
             lines.append(json.dumps(line, ensure_ascii=False))
         try:
             path.parent.mkdir(exist_ok=True)
-            path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
+            write_whole(path, "\n".join(lines) + "\n")
         except OSError as error:
             progress.note(f"no samples in {path}, the run goes on: {error.strerror}")
 
