@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "megallama": 0,  # the package's face
     "megallama.config": 0,
+    "megallama.files": -1,  # the cellar: anyone writes files
     "megallama.alignment": 0,
     "megallama.checks": 0,
     "megallama.options": 0,

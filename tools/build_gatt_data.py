@@ -25,6 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tool runs from a checkout, installed or not
+from megallama.files import make_folder, write_whole  # noqa: E402
 from megallama.inference.sampling import Sampling  # noqa: E402
 from megallama.rlhf.chat_model import (  # noqa: E402
     ChatModel,
@@ -35,7 +36,6 @@ from megallama.rlhf.chat_model import (  # noqa: E402
 )
 from megallama.rlhf.ghost.constraints import ask, read_list  # noqa: E402
 from megallama.rlhf.ghost.records import LEAST_TURNS, PLACES, SYSTEM, Recipe, build, check_room, read_talks  # noqa: E402
-from megallama.rlhf.parts import make_folder, write_whole  # noqa: E402
 from megallama.train.models import weights_fingerprint  # noqa: E402
 from megallama.train.run import run_folder  # noqa: E402
 from megallama.train.sources import digest  # noqa: E402

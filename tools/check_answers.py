@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -25,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megallama.files import write_whole
 
 KINDS = ("function", "method", "class", "module")
 WORDS = range(8, 19)  # words of an answer that is neither terse nor long-winded
@@ -259,20 +260,6 @@ def show(found: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def save(path: Path, text: str) -> None:
-    """The file appears when it is complete."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts")
@@ -286,13 +273,13 @@ def main() -> None:
         answers = read_answers(arguments.answers, known)
         found = summary(known, answers)
         if arguments.json is not None:
-            save(arguments.json, json.dumps(found, indent=2) + "\n")
+            write_whole(arguments.json, json.dumps(found, indent=2) + "\n")
         if arguments.prefer is not None:
             arguments.prefer.mkdir(parents=True, exist_ok=True)
             for name, tagged in (("helpfulness", False), ("safety", True)):
                 kept = [key for key in answers if known[key]["is_safety"] == tagged]
                 pairs = [pair for key in kept for pair in prefer(known[key], answers[key], arguments.seed)]
-                save(arguments.prefer / f"{name}.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+                write_whole(arguments.prefer / f"{name}.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     except (ValueError, OSError) as error:
         sys.exit(f"check_answers: error: {error}")
     print(show(found))

@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 from build_gatt_data import add_model_options, add_sampling_options, at_least, sampling_of, setup_of
 from matplotlib.ticker import PercentFormatter
 
+from megallama.files import make_folder, whole, write_whole
 from megallama.rlhf.chat_model import is_first_rank, launched, open_chat_model
 from megallama.rlhf.ghost.attributes import known_attributes, read_attributes
 from megallama.rlhf.ghost.records import PLACES, SYSTEM
@@ -40,7 +41,6 @@ from megallama.rlhf.ghost.retention import (
     read_long_talks,
     trials_of,
 )
-from megallama.rlhf.parts import make_folder, write_whole
 from megallama.runtime.progress import items_progress
 
 Counts = Mapping[str, Mapping[int, Count]]
@@ -105,10 +105,9 @@ def plot(results: Mapping[str, Counts], turns: Sequence[int], path: Path) -> Non
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    temporary = path.with_name(f"{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def transcript(name: str, trials: Sequence[Trial], answers: Sequence[Sequence[str]]) -> str:

@@ -27,10 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from megallama.data import Dialogue, Message, read_dialogues
+from megallama.files import make_folder, whole, write_whole
 from megallama.rlhf.chat_model import is_first_rank, launched, open_chat_model
 from megallama.rlhf.ghost.attention_map import Attention, Section, look, sections
 from megallama.rlhf.ghost.records import PLACES, SYSTEM, at_first
-from megallama.rlhf.parts import make_folder, write_whole
 
 PLACES_OF_MAP = 128
 """At most, so that each can be seen."""
@@ -97,10 +97,9 @@ def plot(found: Mapping[str, Attention], parts: Sequence[Section], width: int, p
     decorate(axes["line"], parts, upright=False)
     handles = [plt.Line2D([], [], color=colour, linewidth=4) for colour in COLOURS.values()]
     figure.legend(handles, list(COLOURS), loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=150)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def by_answer(attention: Attention, parts: Sequence[Section]) -> list[float]:

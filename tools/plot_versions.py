@@ -24,6 +24,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from megallama.files import whole
+
 ERRORS = 2.0
 """Standard errors by which a rise must exceed nothing."""
 WIDTH = 0.12
@@ -102,10 +104,9 @@ def plot(versions: list[Version], control: Version | None, output: Path) -> None
         axes[2].axhline(mean(control), color="C3", linestyle="--", label=f"{control.name} ({mean(control):.3f})")
     axes[2].set(title="score by rules, held-out prompts", ylim=(0, 1))
     axes[2].legend()
-    temporary = output.with_name(output.name + ".tmp")
-    figure.savefig(temporary, format=output.suffix[1:] or "png", dpi=120)
+    with whole(output) as temporary:
+        figure.savefig(temporary, format=output.suffix[1:] or "png", dpi=120)
     plt.close(figure)
-    temporary.replace(output)
 
 
 def report(versions: list[Version], control: Version | None) -> tuple[str, bool]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megallama.files import write_whole
+
 from .tokenizer import Tokenizer
 
 
@@ -20,10 +22,7 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
     """Appears complete or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 def check_vocabulary(prefixes: Sequence[str], vocab_size: int, tokenizer: Tokenizer | None = None) -> None:

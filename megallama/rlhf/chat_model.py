@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,6 @@ from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.train.models import adopt, frozen, open_weights
 from megallama.train.sources import chat_format
 from megallama.train.trainer import Trainer
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -132,14 +130,6 @@ def open_chat_model(path: str, setup: Setup, device: torch.device) -> ChatModel:
     form, model = chat_format(config), config.model
     mesh = build_mesh(setup.tp, setup.pp, model.num_key_value_heads, model.tied, device, TIMEOUT)
     return ChatModel(frozen(config, mesh, source), form, source.folder, setup.rows)
-
-
-def from_first_rank(make: Callable[[], T], mesh: Mesh) -> T:
-    """What `make` returns on rank 0, where alone it is called, on every rank. Collective."""
-    box = [make()] if is_first_rank() else [None]
-    if mesh.world.size > 1:
-        dist.broadcast_object_list(box, src=0, group=mesh.world.group, device=mesh.device)
-    return box[0]  # type: ignore[return-value]
 
 
 class Script(NamedTuple):

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megallama.files import write_whole
+
 SETTINGS = "settings.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears when it is complete and on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results before any is worked out.
-
-    Raises:
-        ValueError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable_{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # a rank of the same number on another host may have been here
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another output folder") from None
 
 
 class Parts:

@@ -17,13 +17,14 @@ from rich.table import Table
 from megallama.config import SCALAR, Config
 from megallama.data import read_pairs
 from megallama.data.provenance import write_json
+from megallama.files import whole
 from megallama.runtime.launch import resolve
 from megallama.runtime.mesh import Mesh
 from megallama.train.models import adopt, frozen, mesh_for, open_weights, without_batches
 from megallama.train.ranking import Bin, Judged, accuracy_by_rating, calibration, expected_calibration_error
 from megallama.train.reward import Test, encode, judge
 from megallama.train.run import on_mesh, run_folder
-from megallama.train.sources import chat_format
+from megallama.train.sources import chat_format, tokenised
 
 Verdicts = dict[str, dict[str, list[Judged]]]
 """Model -> test set -> verdict on each pair."""
@@ -68,7 +69,8 @@ def judge_all(config: Config, mesh: Mesh) -> Verdicts:
     tests: dict[str, Test] = {}
     for path in reward.valid:
         records = read_pairs(path)
-        tests[path] = records, [encode(form, pair, "none", config.data.seq_length) for pair in records]
+        encoded = tokenised(records, lambda part: encode(form, part, "none", config.data.seq_length), mesh)
+        tests[path] = records, encoded
     verdicts: Verdicts = {}
     for path in reward.models:
         source = open_weights(path)
@@ -129,6 +131,6 @@ def plot(verdicts: Verdicts, path: Path) -> None:
             axis.plot([row.predicted for row in rows], [row.accuracy for row in rows], "o-", label=Path(model).name)
         axis.set(title=Path(name).name, xlabel="predicted probability", ylabel="share that people preferred")
         axis.legend()
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=120)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
-    path.with_suffix(".tmp").replace(path)

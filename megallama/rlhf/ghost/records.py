@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from megallama.data import ChatFormat, Message, Origin, read_prompts
 from megallama.inference.sampling import Sampling
-from megallama.rlhf.chat_model import ChatModel, Said, Script, converse, from_first_rank, is_first_rank
+from megallama.rlhf.chat_model import ChatModel, Said, Script, converse, is_first_rank
 from megallama.rlhf.ghost.constraints import Instruction, Lists, answer_seed, draw, is_short
 from megallama.rlhf.parts import Parts
+from megallama.runtime.exchange import from_first
 from megallama.runtime.progress import items_progress
 
 SYSTEM, USER = "system", "user"
@@ -179,7 +180,7 @@ def build(
     first = is_first_rank()
     batches = [talks[at : at + recipe.part] for at in range(0, len(talks), recipe.part)]
     parts = Parts(folder, settings, len(batches)) if first else None
-    missing = from_first_rank(lambda: parts.missing() if parts else [], model.mesh)
+    missing = from_first(lambda: parts.missing() if parts else [], model.mesh.world, model.mesh.device)
     with items_progress("dialogues", sum(len(batches[n]) for n in missing), first) as report:
         for number in missing:
             records = sample(model, batches[number], lists, recipe)

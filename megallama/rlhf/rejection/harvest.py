@@ -13,7 +13,8 @@ import numpy as np
 
 from megallama.alignment import RejectionConfig
 from megallama.data import ChatFormat, Prompt
-from megallama.rlhf.parts import Parts, write_whole
+from megallama.files import write_whole
+from megallama.rlhf.parts import Parts
 from megallama.rlhf.rejection.candidates import BAG, CUT, Candidate, bagged, best, dialogue
 from megallama.rlhf.rejection.curves import Curves
 
@@ -110,7 +111,7 @@ def harvest(parts: Parts, prompts: Sequence[Prompt], section: RejectionConfig, f
     write_whole(folder / BAG, _lines(found.bag))
     write_whole(folder / SFT, _lines(found.picks))
     write_whole(folder / TABLE, found.curves.table())
-    _write_picture(folder / PICTURE, found.curves.picture())
+    write_whole(folder / PICTURE, found.curves.picture())
     write_whole(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return told(summary, folder)
 
@@ -137,9 +138,3 @@ def told(summary: dict[str, Any], folder: Path) -> list[str]:
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _write_picture(path: Path, picture: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(picture)
-    temporary.replace(path)
