@@ -22,7 +22,7 @@ class RecordsConfig:
     """One file of chat or preference records (docs/formats.md); its format is found out.
 
     Args:
-        path: .jsonl (also .gz, .zst), .json or .parquet.
+        path: .jsonl (also .gz, .zst), .json or .parquet; FILE?theirs=ours&… reads its fields under other names.
         share: its part of an epoch, between 0 and 1; null = all its records once.
     """
 

@@ -29,17 +29,41 @@ class Origin(NamedTuple):
 Row = tuple[Origin, dict[str, Any]]
 
 
+def split_name(path: str | Path) -> tuple[str, dict[str, str]]:
+    """FILE or FILE?theirs=ours&… -> (the file, its names of fields -> the names that readers know).
+
+    Raises:
+        ValueError: what stands behind the question mark is something else.
+    """
+    name = str(path)
+    if "?" not in name or os.path.isfile(name):
+        return name, {}
+    file, _, query = name.rpartition("?")
+    pairs = [tuple(part.split("=")) for part in query.split("&")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise ValueError(f"{name}: behind ? stand names of fields as THEIRS=OURS, joined by &, not {query!r}")
+    return file, dict(pairs)  # type: ignore[arg-type]
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """All records of a file; fields that are null are left out, as if missing.
 
+    Args:
+        path: FILE, or FILE?theirs=ours&… where its fields have names of their own (`split_name`).
+
     Raises:
-        ValueError: no such file, of an unknown kind, damaged, without any record, or with one that is no JSON object.
+        ValueError: no such file, of an unknown kind, damaged, without any record, or with one that is no JSON object;
+            or no record has a field that is to be renamed.
     """
-    name = str(path)
+    name, names = split_name(path)
     if not os.path.isfile(name):
         raise ValueError(f"{name}: no such file of records")
     try:
         rows = convert(_raw(name), lambda raw, origin: (origin, _object(raw)))
+        for field in names:
+            if rows and not any(field in record for _, record in rows):
+                raise ValueError(f"{name}: no record has a field {field!r}; the first has {', '.join(rows[0][1])}")
+        rows = convert(rows, lambda record, origin: (origin, _renamed(record, names))) if names else rows
     except (EOFError, gzip.BadGzipFile, zlib.error, zstd_error()) as error:
         raise ValueError(f"{name}: the compressed data is damaged ({error}); mend or remove it") from None
     except OSError as error:
@@ -95,6 +119,14 @@ def _raw(name: str) -> Iterator[tuple[Origin, Any]]:
     for n, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             yield Origin(name, n), line
+
+
+def _renamed(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The record with its fields under other names."""
+    for theirs, ours in names.items():
+        if theirs in record and ours in record and ours not in names:
+            raise ValueError(f"field {theirs!r} is to be read as {ours!r}, but the record has one of that name too")
+    return {names.get(field, field): value for field, value in record.items()}
 
 
 def _object(raw: Any) -> dict[str, Any]:

@@ -337,6 +337,33 @@ def test_bad_records(write: Write, read: Callable[[Path], Any], record: dict[str
     assert str(error.value).startswith(f"{path}:2: {problem}") and "\n" not in str(error.value)
 
 
+def test_fields_may_be_read_under_other_names(write: Write):
+    path = write([{"query": "Why?", "reply": "Because."}, {"query": "When?", "reply": "Now.", "is_safety": True}])
+    first, second = read_dialogues(f"{path}?query=prompt&reply=completion")
+    assert first.messages == (QUESTION, ANSWER) and second.messages[1].content == "Now."
+    assert first.source == "talks" and first.origin == Origin(str(path), 1)
+    assert [p.is_safety for p in read_prompts(f"{path}?query=prompt")] == [False, True]
+    swapped = write([{**PAIR, "chosen": "worse", "rejected": "better"}], "swapped.jsonl")
+    (pair,) = read_pairs(f"{swapped}?chosen=rejected&rejected=chosen")
+    assert (pair.chosen, pair.rejected) == ("better", "worse")
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("query", "behind ? stand names of fields as THEIRS=OURS, joined by &, not 'query'"),
+        ("query=", "behind ? stand names of fields"),
+        ("ask=prompt", "no record has a field 'ask'; the first has query, reply"),
+        ("query=reply", "1: field 'query' is to be read as 'reply', but the record has one of that name too"),
+    ],
+)
+def test_other_names_that_fit_no_record(write: Write, query: str, problem: str):
+    path = write([{"query": "Why?", "reply": "Because."}])
+    with pytest.raises(ValueError) as error:
+        read_dialogues(f"{path}?{query}")
+    assert str(error.value).startswith(str(path)) and problem in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>"])
 def test_template_tags_belong_to_the_template(write: Write, tag: str):
     for role, field in (("user", 1), ("system", 0)):
