@@ -18,10 +18,10 @@ both=${BOTH:-torchrun --standalone --nproc-per-node 2 -m megallama}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes, or two stages side by side, on a laptop's two cores
 if [ -n "${REDUCED:-}" ]; then
     sizes=(--demonstrations 1500 --pairs 800 --safety-pairs 400 --test-pairs 60 --prompts 256 --valid-prompts 96)
-    pretrain_steps=300 sft_epochs=2 versions="1 4" samples=2 iterations=6
+    pretrain_steps=300 sft_epochs=3 control_epochs=1 versions="1 4" samples=2 iterations=6
 else
     sizes=() # the tool's own
-    pretrain_steps=1000 sft_epochs=3 versions="1 2 3 4" samples=4 iterations=30
+    pretrain_steps=800 sft_epochs=4 control_epochs=2 versions="1 2 3 4" samples=3 iterations=25
 fi
 corpus=$out/corpus
 started=$SECONDS
@@ -50,7 +50,7 @@ stage() { # stage LAUNCH NAME TITLE STAGE ARGUMENTS...: a run in $out/NAME, mark
 
 mkdir -p "$out"
 step $corpus "collect questions, answers, preferences and prompts from this Python's documentation" \
-    python tools/make_chat_corpus.py --output $corpus --seed "$seed" "${sizes[@]}"
+    python tools/make_chat_corpus.py --output $corpus --seed "$seed" ${sizes[@]+"${sizes[@]}"}
 step $out/tokenizer.model "train a tokenizer" \
     python tools/train_tokenizer.py --input $corpus/pretrain.jsonl --vocab-size 2048 --output $out/tokenizer
 step $out/data.idx "tokenise" \
@@ -59,7 +59,8 @@ step $out/data.idx "tokenise" \
 stage "$both" pretrain "pretrain" pretrain --config $here/pretrain.yaml --data.sources "[{prefix: $out/data}]" \
     --train.steps $pretrain_steps
 stage "$both" sft "fine-tune on demonstrations" sft --checkpoint.load "weights:$out/pretrain" \
-    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $sft_epochs --optim.lr 2e-3 --optim.warmup_steps 20
+    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $sft_epochs --optim.lr 2e-3 --optim.warmup_steps 20 \
+    --optim.min_lr_ratio 0 # to the end of what demonstrations teach: the control must have nothing left to learn of them
 
 # Two answers a prompt, from the model at two temperatures, compared by the rules: what annotators do for a real model.
 compare() { # compare MODEL NAME
@@ -105,7 +106,7 @@ for version in $versions; do
     fi
     stage "$both" samples_$version "rejection sampling for RLHF-V$version" rejection-sample --rejection.model $out/$before \
         --rejection.prompts $corpus/prompts.jsonl --rejection.samples $samples --rejection.temperatures "[0.8, 1.0]" \
-        --rejection.version $before --train.micro_batch_size 32 "${bags[@]}" "${judges[@]}"
+        --rejection.version $before --train.micro_batch_size 32 ${bags[@]+"${bags[@]}"} "${judges[@]}"
     stage "$both" v$version "RLHF-V$version" sft --checkpoint.load "weights:$out/$before" --sft.epochs 2 \
         --sft.sources "[{path: $out/samples_$version/sft.jsonl}]" --optim.lr 5e-4 --optim.warmup_steps 5
     before=v$version
@@ -120,19 +121,29 @@ stage "$both" v5 "RLHF-V5 by PPO" ppo --checkpoint.load "weights:$out/v4" --ppo.
     --ppo.rollouts 128 --ppo.max_new_tokens 64 --train.global_batch_size 64 --train.micro_batch_size 32 \
     --train.steps $iterations --train.valid_interval 10 --optim.lr 1e-4 --ppo.critic_lr 5e-4 --ppo.beta 0.02 --log.interval 5 \
     --checkpoint.interval 10
-stage "$both" control "the control: demonstrations again, about as many steps as all versions had" sft --checkpoint.load "weights:$out/sft" \
-    --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $sft_epochs --optim.lr 5e-4 --optim.warmup_steps 5
+stage "$both" control "the control: demonstrations again, as many steps as versions 1 to 4 had" sft \
+    --checkpoint.load "weights:$out/sft" --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $control_epochs \
+    --optim.lr 5e-4 --optim.warmup_steps 5 --optim.min_lr_ratio 0
 
 judged=(sft)
 for version in $versions 5; do
     judged+=(v$version)
 done
-for version in "${judged[@]}" control; do # by the first reward models, which PPO has not seen
-    stage "$both" judged_$version "held-out answers of $version" rejection-sample --rejection.model $out/$version \
+judge() { # judge MODEL: its answers to held-out prompts, by the first reward models, which PPO has not seen
+    stage "$alone" judged_$1 "held-out answers of $1" rejection-sample --rejection.model $out/$1 \
         --rejection.prompts $corpus/valid_prompts.jsonl --rejection.samples 2 --rejection.temperatures "[1.0]" \
-        --rejection.version $version --train.micro_batch_size 32 "${judges[@]}"
-    step $out/judged_$version/rules.json "rules" python tools/check_answers.py --prompts $corpus/valid_prompts.jsonl \
-        --answers $out/judged_$version --json $out/judged_$version/rules.json
+        --rejection.version $1 --train.micro_batch_size 32 "${judges[@]}"
+    step $out/judged_$1/rules.json "rules about $1" python tools/check_answers.py --prompts $corpus/valid_prompts.jsonl \
+        --answers $out/judged_$1 --json $out/judged_$1/rules.json
+}
+set -- "${judged[@]}" control
+while [ $# -gt 0 ]; do # two at a time
+    judge $1 &
+    other=$!
+    [ $# -eq 1 ] || judge $2
+    wait $other
+    shift
+    [ $# -eq 0 ] || shift
 done
 python tools/plot_versions.py "${judged[@]/#/$out/judged_}" --control $out/judged_control --output $out/versions.png
 echo "everything: $((SECONDS - started)) s"
