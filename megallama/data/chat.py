@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
     """A dialogue in ids.
 
     Attributes:
-        ids: int64 (n,).
+        ids: int32 (n,); there are many of them in memory.
         train: bool (n,), the token carries loss: it belongs to an answer that is trained, or is the EOS behind it.
     """
 
@@ -109,7 +109,7 @@ class ChatFormat:
                 train += [False] * len(prompt) + [turn.train] * (len(answer) + 1)
             if not any(train):
                 raise ValueError(f"no answer among {len(turns)} carries loss (train is False on all of them)")
-            encoded.append(Encoded(np.array(ids, np.int64), np.array(train)))
+            encoded.append(Encoded(np.array(ids, np.int32), np.array(train)))
         return encoded
 
     def answer(self, text: str) -> list[int]:
@@ -148,16 +148,18 @@ class ChatFormat:
         ]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        coded = self.tokenizer.encode_batch(texts)
+        """Ids of each text; one that comes again (a prompt with several answers) is encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        coded = dict(zip(distinct, self.tokenizer.encode_batch(distinct), strict=True))
         reserved = {self.eos, *self._bos}
-        for text, ids in zip(texts, coded, strict=True):
+        for text, ids in coded.items():
             if not reserved.isdisjoint(ids):
                 token = next(token for token in ids if token in reserved)
                 raise ValueError(
                     f"a text spells the tokenizer's special token {self.tokenizer.decode([token])!r} ({token}), which "
                     f"only the chat template may place: {text[:80]!r}"
                 )
-        return coded
+        return [coded[text] for text in texts]
 
 
 def _check(messages: Sequence[Message], end: str) -> None:

@@ -6,7 +6,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -16,6 +16,18 @@ from .samples import Mixture, Sample
 T = TypeVar("T")
 Plan = Callable[[int], tuple[int, int]]
 """step -> (first global sample, samples of the step): where a batch-size ramp lives."""
+
+
+class Volume(NamedTuple):
+    """How much some samples are: their tokens, padding left out, and the rows that they make in attention."""
+
+    tokens: int
+    rows: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, on average."""
+        return round(self.tokens / max(1, self.rows))
 
 
 class Loader(ABC):
@@ -33,6 +45,10 @@ class Loader(ABC):
         Raises:
             ValueError: a sample is damaged or does not fit the model.
         """
+
+    @abstractmethod
+    def volume(self, first_sample: int, count: int) -> Volume:
+        """Of `count` consecutive samples; those over the end are nothing."""
 
     def steps(
         self, steps: Iterable[int], plan: Plan, dp_rank: int, dp_size: int, micro_batch_size: int, depth: int = 2
@@ -82,6 +98,9 @@ class CorpusLoader(Loader):
         for i, sample in enumerate(samples, first):
             self._check(i, sample)
         return [self._pack(samples[m * micro_batch_size : (m + 1) * micro_batch_size]) for m in range(count)]
+
+    def volume(self, first_sample: int, count: int) -> Volume:
+        return Volume(count * self.mixture.seq_length, count)
 
     def _check(self, i: int, sample: Sample) -> None:
         """Without this a tensor-parallel embedding would turn foreign ids into zeros without a word."""

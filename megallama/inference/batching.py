@@ -99,41 +99,41 @@ class Lane:
         going = torch.tensor([row.cached for row in self.rows[:old]], dtype=torch.int64)
         prompts = sorted(entering, key=len)  # equal lengths side by side are one dense call of attention
         ends = list(accumulate(map(len, prompts), initial=old))
-        wanted, stored, rows, positions = list(range(len(self.rows))), [torch.arange(old)], [torch.arange(old)], [going]
+        wanted, stored, rows, at = list(range(len(self.rows))), [torch.arange(old)], [torch.arange(old)], [going]
         for prompt, (lo, hi) in zip(prompts, pairwise(ends), strict=True):
             for place in entering[prompt]:
                 wanted[place] = hi - 1
                 stored.append(torch.arange(lo, hi))
                 rows.append(torch.full((hi - lo,), place))
-                positions.append(torch.arange(hi - lo))
+                at.append(torch.arange(hi - lo))
         if pad := -ends[-1] % self.multiple:
             ends.append(ends[-1] + pad)
-        places = self.cache.places(torch.cat(rows), torch.cat(positions))
         tokens = [row.ids[-1] for row in self.rows[:old]] + [token for prompt in prompts for token in prompt]
-        ids = torch.tensor(tokens + [0] * pad)
+        ids, positions, chosen, kept, places = _together(
+            device,
+            torch.tensor(tokens + [0] * pad),
+            torch.cat([going, *(torch.arange(hi - lo) for lo, hi in pairwise(ends))]),
+            torch.tensor(wanted),
+            torch.cat(stored),
+            self.cache.places(torch.cat(rows), torch.cat(at)),
+        )
+        mask = self._mask(positions[:old], aligned(int(going.max()) + 1) if old else 0)
+        drawn = controls([row.draw() for row in self.rows])
         return Batch(
             tokens=ids,
             labels=ids,
-            positions=torch.cat([going, *(torch.arange(hi - lo) for lo, hi in pairwise(ends))]),
+            positions=positions,
             bounds=(*range(old), *ends),
             count=0,
-            extras=controls([row.draw() for row in self.rows]),
-            cache=CachedPass(
-                self.cache,
-                torch.tensor(wanted).to(device),
-                torch.cat(stored).to(device),
-                places.to(device),
-                self._mask(going).to(device),
-                tuple(end - old for end in ends),
-            ),
+            extras=dict(zip(drawn, _together(device, *drawn.values()), strict=True)),
+            cache=CachedPass(self.cache, chosen, kept, places, mask, tuple(end - old for end in ends)),
         )
 
-    def _mask(self, going: Tensor) -> Tensor:
+    def _mask(self, going: Tensor, tokens: int) -> Tensor:
         """(rows, 1, 1, tokens): 0 at the tokens that a row has, itself included, -inf behind them."""
-        tokens = aligned(int(going.max()) + 1) if len(going) else 0
-        behind = torch.arange(tokens) > going[:, None]
-        dtype = self.cache.store.dtype
-        return torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -math.inf)[:, None, None]
+        behind = torch.arange(tokens, device=going.device) > going[:, None]
+        mask = torch.zeros(behind.shape, dtype=self.cache.store.dtype, device=going.device)
+        return mask.masked_fill_(behind, -math.inf)[:, None, None]
 
     def take(self, ids: Sequence[int], log_probs: Sequence[float]) -> list[tuple[Row, str]]:
         """Give each row its token; how each goes on: (row, "" or its answer's finish). Those that end leave."""
@@ -150,3 +150,8 @@ class Lane:
         if place < len(self.rows):
             self.cache.move(len(self.rows), place, last.cached)
             self.rows[place] = last
+
+
+def _together(device: torch.device, *parts: Tensor) -> Sequence[Tensor]:
+    """Vectors of one type on `device`, sent in one piece: of small copies it is the number that costs."""
+    return torch.cat(parts).to(device, non_blocking=True).split([part.numel() for part in parts])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +16,18 @@ from megallama.model.llama import Block, Stage
 
 ALIGN = 16
 """Tokens to whose multiple a length is rounded up: what GPU kernels ask of a mask's rows."""
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that nobody holds; the host gives out memory as it is touched, and has no such bound."""
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def _first_block(stages: Sequence[Stage]) -> Block:
+    return cast(Block, next(block for stage in stages for block in stage.blocks))
 
 
 def aligned(length: int) -> int:
@@ -31,11 +44,19 @@ class KVCache:
     def __init__(self, stages: Iterable[Stage], rows: int, length: int):
         stages = list(stages)
         self.blocks = {n: at for at, n in enumerate(n for s in stages for n in range(s.span.first, s.span.last))}
-        first = cast(Block, next(block for stage in stages for block in stage.blocks))
+        first = _first_block(stages)
         self.heads, self.length = first.core.kv_heads, aligned(length)
         shape = (len(self.blocks), 2, rows, self.heads, self.length, stages[0].model.head_dim)
         weight = first.qkv.weight
         self.store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    @staticmethod
+    def row_bytes(stages: Iterable[Stage], length: int) -> int:
+        """Bytes of one row."""
+        stages = list(stages)
+        first, blocks = _first_block(stages), sum(len(stage.blocks) for stage in stages)
+        numbers = 2 * blocks * first.core.kv_heads * aligned(length) * stages[0].model.head_dim
+        return numbers * first.qkv.weight.element_size()
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` of row `source` to row `target`."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megallama.config import Config
 from megallama.data import ChatFormat, Message, Tokenizer, key, read_prompts
+from megallama.data.record_files import split_name
 from megallama.data.text import TEXT, kind_of
+from megallama.files import make_folder, write_whole
 from megallama.inference.decoding import answer_text
 from megallama.inference.generator import Generator
 from megallama.inference.opening import open_model, sampling_of
@@ -35,15 +36,17 @@ def run(config: Config) -> int:
     config, source, tokenizer = open_model(config)
     asked, sampling = read_asked(config, tokenizer), sampling_of(config)
     requests = [Request(prompt.ids, seed_of(config.generate.seed, n), sampling) for n, prompt in enumerate(asked)]
+    output = config.generate.output
     with on_mesh(config, lambda: "generate") as mesh:
         first = mesh.world.rank == 0
-        with _output(config.generate.output if first else None) as rows:
-            generator = Generator(frozen(config, mesh, source), tokenizer, config.generate.rows)
-            with items_progress("answers", len(range(0, len(asked), mesh.dp.size)), first) as report:
-                answers = generator.run(requests, on_answer=lambda number, answer: report(1))
-            rows += [written_answer(a, b, tokenizer, sampling) for a, b in zip(asked, answers, strict=True)]
-        if first and config.generate.output:
-            print(f"{len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens, in {config.generate.output}")
+        if first and output:
+            _check_output(output)
+        generator = Generator(frozen(config, mesh, source), tokenizer, config.generate.rows)
+        answers = generator.run(requests, watch=partial(items_progress, shown=first))
+        rows = [written_answer(a, b, tokenizer, sampling) for a, b in zip(asked, answers, strict=True)]
+        if first and output:
+            _write(output, rows)
+            print(f"{len(rows)} answers, {sum(row['tokens'] for row in rows)} tokens, in {output}")
         elif first:
             for row in rows:
                 print(f"{row['prompt']!r} → {row['answer']!r}")
@@ -63,7 +66,7 @@ def read_asked(config: Config, tokenizer: Tokenizer) -> list[Asked]:
     found: list[tuple[str, tuple[Message, ...]]]
     if not asked.file:
         found = [(str(n), (Message("user", text),)) for n, text in enumerate(asked.prompts, 1)]
-    elif kind_of(asked.file)[0] == TEXT:
+    elif kind_of(split_name(asked.file)[0])[0] == TEXT:
         found = [(name, (Message("user", line),)) for name, line in _lines(Path(asked.file))]
     else:
         found = [(prompt.key, prompt.messages) for prompt in read_prompts(asked.file)]
@@ -124,36 +127,27 @@ def written_answer(asked: Asked, answer: Answer, tokenizer: Tokenizer, sampling:
     }
 
 
-@contextmanager
-def _output(name: str | None) -> Iterator[list[dict[str, Any]]]:
-    """A list whose rows become the JSON lines of a file, which appears when it is complete. None = no file.
+def _check_output(name: str) -> None:
+    """Before anything is generated.
 
     Raises:
-        ValueError: it cannot be written; told before anything is generated, where that shows by then.
+        ValueError: the file cannot be written, as far as that shows by now.
     """
-    rows: list[dict[str, Any]] = []
-    if name is None:
-        yield rows
-        return
-    path = Path(name)
-    work = path.with_name(path.name + ".tmp")
-    with _named(name):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.touch()
+    if Path(name).is_dir():
+        raise ValueError(f"generate.output={name} cannot be written: it is a folder")
     try:
-        yield rows
-        with _named(name), work.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-            work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
+        make_folder(Path(name).parent)
+    except ValueError as error:
+        raise ValueError(f"generate.output={name}: {error}") from None
 
 
-@contextmanager
-def _named(output: str) -> Iterator[None]:
+def _write(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as JSON lines.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     try:
-        yield
+        write_whole(Path(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
-        raise ValueError(f"generate.output={output} cannot be written: {error.strerror or error}") from error
+        raise ValueError(f"generate.output={name} cannot be written: {error.strerror or error}") from error

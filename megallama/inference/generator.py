@@ -14,15 +14,19 @@ from torch import Tensor
 from megallama.data import Tokenizer
 from megallama.data.batch import Batch
 from megallama.inference.batching import Lane, Row
-from megallama.inference.cache import KVCache
+from megallama.inference.cache import KVCache, free_memory
 from megallama.inference.sampling import Answer, Request, choose
 from megallama.parallel.collectives import all_gather, all_reduce
+from megallama.runtime.exchange import everyones
 from megallama.runtime.mesh import Axis
+from megallama.runtime.progress import Watch, unwatched
+from megallama.train.scoring import shares
 from megallama.train.trainer import Trainer
 
 OnToken = Callable[[int, int], None]
-OnAnswer = Callable[[int, Answer], None]
 
+CACHE_SHARE = 0.8
+"""Of a GPU's free memory for keys and values: the rest is for the pass itself and its logits."""
 PROMPT_TOKENS = 4096
 """Most tokens of the prompts that enter in one pass: what a forward pass of training has."""
 
@@ -61,15 +65,17 @@ class Generator:
         self.trainer, self.tokenizer, self.rows = trainer, tokenizer, rows
 
     def run(
-        self, requests: Sequence[Request], on_token: OnToken | None = None, on_answer: OnAnswer | None = None
+        self, requests: Sequence[Request], on_token: OnToken | None = None, watch: Watch = unwatched
     ) -> list[Answer]:
         """The answers, in the order of the requests, on every rank. Collective: all ranks pass the same requests.
 
-        Replica d answers requests d, d + dp, …; each sees its own requests' tokens and answers as they come.
+        Each replica answers a run of requests, in the order in which their prompts first appear: equal prompts stand
+        together, and where one replica answers them all, they are computed once. It sees its own requests' tokens and
+        answers as they come.
 
         Args:
             on_token: told (number of the request, token). An exception must be raised on all ranks alike.
-            on_answer: told (number of the request, its answer).
+            watch: shows how many of this replica's answers are there.
 
         Raises:
             ValueError: a prompt is empty, has an id outside the vocabulary or leaves no room for a token; or logits
@@ -78,26 +84,31 @@ class Generator:
         longest, vocab = self.trainer.config.model.max_position_embeddings, self.trainer.config.model.vocab_size
         for number, request in enumerate(requests):
             _check(number, request, longest, vocab)
-        dp = self.trainer.mesh.dp
-        own = range(dp.rank, len(requests), dp.size)
-        waiting = deque(Row(number, requests[number], longest, self.tokenizer) for number in own)
+        waiting = deque(Row(number, requests[number], longest, self.tokenizer) for number in self._own(requests))
         found: dict[int, Answer] = {}
         fault = ""
         try:
-            self._answer(waiting, found, on_token, on_answer)
+            with watch("answers", len(waiting)) as report:
+                self._answer(waiting, found, on_token, report)
         except NotFinite as error:  # the other replicas must learn of it, and they are on their own until the end
             fault = str(error)
-        parts: list[tuple[dict[int, Answer], str]] = [(found, fault)]
-        if dp.size > 1:
-            parts = parts * dp.size
-            dist.all_gather_object(parts, (found, fault), group=dp.group)
+        parts = everyones((found, fault), self.trainer.mesh.dp)
         if faults := [fault for _, fault in parts if fault]:
             raise ValueError(faults[0])
         together = {number: answer for part, _ in parts for number, answer in part.items()}
         return [together[number] for number in range(len(requests))]
 
+    def _own(self, requests: Sequence[Request]) -> list[int]:
+        """Numbers of the requests that this replica answers."""
+        first: dict[tuple[int, ...], int] = {}
+        for number, request in enumerate(requests):
+            first.setdefault(request.prompt, number)
+        order = sorted(range(len(requests)), key=lambda number: first[requests[number].prompt])
+        dp = self.trainer.mesh.dp
+        return [order[place] for place in shares(len(order), dp.size)[dp.rank]]
+
     def _answer(
-        self, waiting: deque[Row], found: dict[int, Answer], on_token: OnToken | None, on_answer: OnAnswer | None
+        self, waiting: deque[Row], found: dict[int, Answer], on_token: OnToken | None, report: Callable[[int], None]
     ) -> None:
         """Answer this replica's requests. Collective over the replica."""
         trainer, mesh = self.trainer, self.trainer.mesh
@@ -117,18 +128,37 @@ class Generator:
                         on_token(row.number, row.ids[-1])
                     if finish:
                         found[row.number] = row.answer(finish)
-                        if on_answer:
-                            on_answer(row.number, found[row.number])
+                        report(1)
 
     def _lanes(self, waiting: deque[Row]) -> list[Lane]:
         """One lane for each micro-batch of a pass, with memory for what waits and no more."""
         trainer, mesh = self.trainer, self.trainer.mesh
-        rows = min(self.rows, len(waiting))
-        count = max(1, min(mesh.pp.size, rows))
-        shares = [rows // count + (n < rows % count) for n in range(count)]
         length = max((row.most for row in waiting), default=1)
+        rows = self._fitting(min(self.rows, len(waiting)), length)
+        parts = [len(part) for part in shares(rows, max(1, min(mesh.pp.size, rows)))]
         stages = trainer.stages.values()
-        return [Lane(KVCache(stages, share, length), share, PROMPT_TOKENS, mesh.tp.size) for share in shares]
+        return [Lane(KVCache(stages, part, length), part, PROMPT_TOKENS, mesh.tp.size) for part in parts]
+
+    def _fitting(self, rows: int, length: int) -> int:
+        """As many of `rows` as a GPU has room for, with CACHE_SHARE of what is free. Collective over the replica.
+
+        Raises:
+            ValueError: not even one.
+        """
+        mesh = self.trainer.mesh
+        size, free = KVCache.row_bytes(self.trainer.stages.values(), length), free_memory(mesh.device)
+        if math.isinf(free):
+            return rows
+        most = torch.tensor(int(CACHE_SHARE * free) // size, device=mesh.device)
+        for axis in (mesh.tp, mesh.pp):
+            if axis.size > 1:
+                dist.all_reduce(most, dist.ReduceOp.MIN, group=axis.group)
+        if rows and not int(most):
+            raise ValueError(
+                f"keys and values of one sequence of {length} tokens need {size / 2**30:.2f} GiB, but the device has "
+                f"{free / 2**30:.2f} GiB left; raise generate.tp, or ask for fewer new tokens"
+            )
+        return min(rows, int(most))
 
 
 class NotFinite(ValueError):

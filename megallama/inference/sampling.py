@@ -98,12 +98,12 @@ class Draw(NamedTuple):
 
 
 def controls(draws: Sequence[Draw]) -> dict[str, Tensor]:
-    """What `choose` reads of R rows: a tensor (R,) each."""
+    """What `choose` reads of R rows: fp64 (R,) each."""
     seeds, numbers = (np.array(values, np.int64) for values in ([d.seed for d in draws], [d.number for d in draws]))
     uniform = (key(seeds, numbers) >> np.uint64(11)) * 2.0**-53
     return {
         "temperature": torch.tensor([d.sampling.temperature for d in draws], dtype=torch.float64),
-        "top_k": torch.tensor([d.sampling.top_k for d in draws]),
+        "top_k": torch.tensor([d.sampling.top_k for d in draws], dtype=torch.float64),
         "top_p": torch.tensor([d.sampling.top_p for d in draws], dtype=torch.float64),
         "uniform": torch.from_numpy(uniform),
     }
@@ -138,7 +138,7 @@ def choose(logits: Tensor, controls: Mapping[str, Tensor]) -> tuple[Tensor, Tens
         ids = torch.where(random, _draw(blocks, sums, uniform), ids)
     if bool(narrow.any()):
         few = narrow.nonzero()[:, 0]
-        ids[few] = _draw_narrow(weights[few], top_k[few], top_p[few], uniform[few])
+        ids[few] = _draw_narrow(weights[few], top_k[few].long(), top_p[few], uniform[few])
     log_probs = weights[rows, ids].log() - sums.sum(1).log()
     return ids, log_probs.masked_fill(~finite, math.nan)
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -117,6 +117,8 @@ class Progress:
         self._began = time.monotonic()
         self._times = deque([self._began], maxlen=WINDOW + 1)
         self._drawn = 0.0
+        self._last: tuple[int, Mapping[str, float | int | str | None]] = (start, {})
+        self._within = ""  # how far the step under way has come
 
     @classmethod
     def silent(cls) -> Progress:
@@ -149,12 +151,37 @@ class Progress:
         """Step `step` is done and measured `record`."""
         now = time.monotonic()
         self._times.append(now)
+        self._last = step, record
         if self._live is None:
             if step % self._every == 0 or step in (self._start + 1, self._total):
                 self._say(self._plain(step, record, now))
         elif now - self._drawn >= FRAME or step >= self._total:
             self._drawn = now
             self._live.update(self._picture(step, record, now), refresh=True)
+
+    @contextmanager
+    def within(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A Watch inside of a step that takes long: below the bar, or a plain line every PLAIN_SECONDS."""
+        done, began = 0, time.monotonic()
+        told = began
+
+        def report(more: int) -> None:
+            nonlocal done, told
+            done += more
+            now = time.monotonic()
+            if now - told < (PLAIN_SECONDS if self._live is None else FRAME):
+                return
+            told = now
+            self._within = f"  {label} {done}/{total} | {done / (now - began):,.1f} a second"
+            if self._live is None:
+                self._say(self._within)
+            else:
+                self._live.update(self._picture(*self._last, now), refresh=True)
+
+        try:
+            yield report
+        finally:
+            self._within = ""
 
     def _left(self, step: int) -> float:
         """Seconds to the end, at the speed of the last steps."""
@@ -184,7 +211,7 @@ class Progress:
             Text.assemble((f"{name} " if name else "", "dim"), (value, "cyan"), (f" {unit}" if unit else "", "dim"))
             for name, value, unit in fields(record)
         ]
-        return Group(head, *rows(cells, self._console.width))
+        return Group(head, *rows(cells, self._console.width), *([Text(self._within, "dim")] * bool(self._within)))
 
 
 def rows(cells: list[Text], width: int) -> list[Text]:
@@ -196,6 +223,15 @@ def rows(cells: list[Text], width: int) -> list[Text]:
         else:
             lines.append(cell)
     return lines
+
+
+Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Shows work of a label and a number of things; yields what to tell how many more of them are done."""
+
+
+def unwatched(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A Watch that shows nothing."""
+    return nullcontext(lambda more: None)
 
 
 def bytes_progress(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -114,7 +114,7 @@ class Loop:
             start = time.perf_counter()  # a step's time includes waiting for its data
             for step, micros in zip(steps, batches, strict=True):
                 stats = self.trainer.step(micros, task.loss, bool(stop))
-                record = self._record(step, stats, time.perf_counter() - start)
+                record = self._record(step, stats, time.perf_counter() - start, task.train)
                 if task.valid is not None and self._due(step, train.valid_interval, steps):
                     record["valid_loss"] = self.validate(task)
                     record |= task.report(self.trainer) if task.report else {}
@@ -140,19 +140,20 @@ class Loop:
     def _due(step: int, interval: int, steps: range) -> bool:
         return step == steps[-1] or (interval > 0 and step % interval == 0)
 
-    def _record(self, step: int, stats: Stats, seconds: float) -> dict[str, Any]:
-        """The step's object in metrics.jsonl."""
-        size, length = self.plan(step)[1], self.config.data.seq_length
+    def _record(self, step: int, stats: Stats, seconds: float, samples: Loader) -> dict[str, Any]:
+        """The step's object in metrics.jsonl; tokens and FLOPs without padding."""
+        size = self.plan(step)[1]
+        volume = samples.volume(self.consumed, size)
         self.consumed += size
-        flops = train_flops_per_token(self.config.model, length)
+        flops = train_flops_per_token(self.config.model, volume.length)
         return {
             "step": step,
             "loss": stats.loss,
             "lr": stats.lr,
             "grad_norm": stats.grad_norm,
             "consumed_samples": self.consumed,
-            "consumed_tokens": self.consumed * length,
-            **throughput(size * length, seconds, flops, self.mesh.world.size, self.peak),
+            "consumed_tokens": samples.volume(0, self.consumed).tokens,
+            **throughput(volume.tokens, seconds, flops, self.mesh.world.size, self.peak),
             "memory_bytes": memory(self.mesh.device),
             **stats.metrics,
         }

@@ -19,6 +19,7 @@ from megallama.config import SCALAR, Config, ModelConfig
 from megallama.model.canonical import SCORE, canonical_shapes
 from megallama.model.initial import RandomWeights
 from megallama.parallel.pieces import Rect, views
+from megallama.runtime.exchange import everyones
 from megallama.runtime.launch import TIMEOUT
 from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.train.trainer import Trainer, build_stages
@@ -122,9 +123,29 @@ def mesh_for(model: ModelConfig, mesh: Mesh) -> Mesh:
     return build_mesh(mesh.tp.size, mesh.pp.size, model.num_key_value_heads, model.tied, mesh.device, TIMEOUT)
 
 
+def agreed(source: Source, mesh: Mesh) -> Source:
+    """The source itself, where all ranks have opened the same: a live run may gain a checkpoint meanwhile. Collective.
+
+    Raises:
+        ValueError: the ranks have opened different folders.
+    """
+    folders = sorted(set(everyones(str(source.folder), mesh.world)))
+    if len(folders) > 1:
+        raise ValueError(
+            f"the ranks have opened different weights, {folders[0]} and {folders[-1]}, which a run has just written or "
+            f"removed; start again, or name one checkpoint's folder"
+        )
+    return source
+
+
 def frozen(config: Config, mesh: Mesh, source: Source) -> Trainer:
-    """A model that is not trained, with the weights of `source` and their shape. Every rank reads its own part."""
-    config = adopt(config, source.model, source.folder)
+    """A model that is not trained, with the weights of `source` and their shape; every rank reads its own part.
+    Collective.
+
+    Raises:
+        ValueError: as `agreed`, or the model does not fit the configuration.
+    """
+    config = adopt(config, agreed(source, mesh).model, source.folder)
     trainer = Trainer(config, mesh, build_stages(config, mesh), None)
     fill(trainer, source)
     return trainer

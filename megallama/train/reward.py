@@ -17,7 +17,15 @@ from megallama.train.loop import Task
 from megallama.train.ranking import Judged, RankingLoss, accuracy_by_rating, margin_of
 from megallama.train.run import of_weights, run_stage
 from megallama.train.scoring import scores
-from megallama.train.sources import chat_format, epoch_order, named, open_sources, with_steps
+from megallama.train.sources import (
+    chat_format,
+    dialogue_ids,
+    epoch_order,
+    named,
+    open_sources,
+    tokenised,
+    with_steps,
+)
 from megallama.train.trainer import Trainer, empty_trainer
 
 Test = tuple[list[Pair], list[TokenPair]]
@@ -32,7 +40,7 @@ def run(config: Config) -> int:
 
 
 def reward_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
-    """Read and tokenise the pairs; every rank does the same by itself.
+    """Read and tokenise the pairs. Collective.
 
     Raises:
         ValueError: a record is not valid, or its answers are equal once they are cut to data.seq_length.
@@ -40,12 +48,12 @@ def reward_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
     form, reward, train = chat_format(config), config.reward, config.train
     sources = open_sources(reward.sources, reward.valid, read_pairs, config, "reward")
     longest = config.data.seq_length
-    pairs = [encode(form, pair, reward.margin, longest) for pair in sources.records]
+    pairs = tokenised(sources.records, lambda part: encode(form, part, reward.margin, longest), mesh)
     shares = [source.share for source in reward.sources]
     order = [n for epoch in range(reward.epochs) for n in epoch_order(sources.sizes, shares, train.seed, epoch)]
     config = with_steps(config, len(order), "reward")
     tests = {
-        name: (found, [encode(form, pair, reward.margin, longest) for pair in found])
+        name: (found, tokenised(found, lambda part: encode(form, part, reward.margin, longest), mesh))
         for name, found in sources.valid.items()
     }
     held = [pair for _, encoded in tests.values() for pair in encoded]
@@ -54,26 +62,36 @@ def reward_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
     notes = (f"{len(pairs)} pairs, {len(order)} over {reward.epochs} epochs; {len(held)} held out",)
     loader = PairLoader(pairs, order, mesh.tp.size)
     loss = RankingLoss(reward.safety_weight)
-    return config, Task(loss, loader, valid, fingerprints, "reward", notes, partial(report, tests=tests))
+    most = train.valid_steps * train.global_batch_size  # as many as the loss is of; reward-eval judges all of them
+    few = {name: (found[:most], encoded[:most]) for name, (found, encoded) in tests.items()}
+    return config, Task(loss, loader, valid, fingerprints, "reward", notes, partial(report, tests=few))
 
 
-def encode(form: ChatFormat, pair: Pair, margin: str, longest: int) -> TokenPair:
-    """A pair as ids; what is beyond `longest` is cut off.
+def encode(form: ChatFormat, pairs: Sequence[Pair], margin: str, longest: int) -> list[TokenPair]:
+    """Pairs as ids; what is beyond `longest` is cut off.
 
     Raises:
-        ValueError: nothing that tells the two answers apart is left; names file and line.
+        ValueError: nothing that tells a pair's answers apart is left; names file and line.
     """
-    with named(pair.origin):
-        answers = ((*pair.prompt, Message("assistant", answer)) for answer in (pair.chosen, pair.rejected))
-        rows = [form.dialogue(messages).ids for messages in answers]
-    chosen, rejected = (row[:longest] for row in rows)
-    if np.array_equal(chosen, rejected):
+    answers = [
+        (pair.origin, (*pair.prompt, Message("assistant", text)))
+        for pair in pairs
+        for text in (pair.chosen, pair.rejected)
+    ]
+    rows = iter(dialogue_ids(form, answers))
+    return [_cut(pair, next(rows).ids, next(rows).ids, margin, longest) for pair in pairs]
+
+
+def _cut(pair: Pair, chosen: np.ndarray, rejected: np.ndarray, margin: str, longest: int) -> TokenPair:
+    if np.array_equal(chosen[:longest], rejected[:longest]):
         raise ValueError(
             f"{pair.origin}: the chosen and the rejected answer are equal within data.seq_length={longest} tokens "
-            f"(they have {len(rows[0])} and {len(rows[1])}); raise it, or remove the record"
+            f"(they have {len(chosen)} and {len(rejected)}); raise it, or remove the record"
         )
     safe = tuple(math.nan if flag is None else float(flag) for flag in (pair.chosen_is_safe, pair.rejected_is_safe))
-    return TokenPair(chosen, rejected, margin_of(pair.rating, pair.margin, margin), (safe[0], safe[1]))
+    with named(pair.origin):
+        by = margin_of(pair.rating, pair.margin, margin)
+    return TokenPair(chosen[:longest], rejected[:longest], by, (safe[0], safe[1]))
 
 
 def judge(trainer: Trainer, test: Test) -> list[Judged]:
@@ -85,6 +103,6 @@ def judge(trainer: Trainer, test: Test) -> list[Judged]:
 
 
 def report(trainer: Trainer, tests: dict[str, Test]) -> dict[str, float]:
-    """Held-out accuracy, of all pairs and by rating, for metrics.jsonl. Collective."""
+    """Held-out accuracy, of all these pairs and by rating, for metrics.jsonl. Collective."""
     judged = [found for test in tests.values() for found in judge(trainer, test)]
     return {f"valid_accuracy_{rating}": accuracy for rating, (accuracy, _) in accuracy_by_rating(judged).items()}

@@ -16,6 +16,7 @@ from megallama.checkpoint import Checkpointer, Store
 from megallama.checkpoint.checkpointer import Slots, checkpoint_folders
 from megallama.checkpoint.formats import StoreSource, check_export, require_model, write_hf
 from megallama.config import SCALAR, Config, DataConfig, dump
+from megallama.files import write_whole
 from megallama.runtime.faults import guard
 from megallama.runtime.launch import TIMEOUT, connect, disconnect, rendezvous, resolve
 from megallama.runtime.lock import sole_owner
@@ -23,7 +24,7 @@ from megallama.runtime.mesh import Mesh, build_mesh
 from megallama.runtime.metrics import Metrics
 from megallama.runtime.progress import Progress
 from megallama.train.loop import Loop, Task
-from megallama.train.models import adopt, known_tokenizer, open_weights, scored, without_batches
+from megallama.train.models import adopt, agreed, known_tokenizer, open_weights, scored, without_batches
 from megallama.train.trainer import Trainer
 
 PREFIXES = ("weights:", "hf:")
@@ -230,7 +231,7 @@ def require_stage(folder: Path, stage: str) -> None:
 
 def load_weights(trainer: Trainer, path: str, meet: Callable[[], object] = lambda: None) -> None:
     """Start a trained model from weights; a scalar head that they lack is made. Collective."""
-    source, model = open_weights(path), trainer.config.model
+    source, model = agreed(open_weights(path), trainer.mesh), trainer.config.model
     if model.head == SCALAR:
         source = scored(source, trainer.config.train.seed)
     require_model(source, model)
@@ -266,9 +267,7 @@ def run_folder(config: Config, mesh: Mesh) -> Iterator[None]:
 
 def write_config(config: Config) -> None:
     """The resolved configuration, into the run's folder: only once nothing of it has been refused."""
-    path = Path(config.output_dir) / "config.yaml"
-    path.with_suffix(".tmp").write_text(dump(config))
-    path.with_suffix(".tmp").replace(path)
+    write_whole(Path(config.output_dir) / "config.yaml", dump(config))
 
 
 def tokenizer_of(config: Config) -> Path | None:

@@ -21,8 +21,8 @@ def last_values(values: Tensor, batch: Batch) -> Tensor:
 
 
 def shares(count: int, parts: int) -> list[range]:
-    """`count` things as `parts` runs of consecutive ones, of equal length up to one."""
-    ends = [count * n // parts for n in range(parts + 1)]
+    """`count` things as `parts` runs of consecutive ones, of equal length up to one; a single thing is in the first."""
+    ends = [-(-count * n // parts) for n in range(parts + 1)]
     return [range(lo, hi) for lo, hi in pairwise(ends)]
 
 

@@ -10,7 +10,7 @@ from megallama.data.rows import DialogueLoader
 from megallama.runtime.mesh import Mesh
 from megallama.train.loop import Task
 from megallama.train.run import of_weights, run_stage
-from megallama.train.sources import chat_format, epoch_order, named, open_sources, with_steps
+from megallama.train.sources import chat_format, dialogue_ids, epoch_order, open_sources, tokenised, with_steps
 from megallama.train.trainer import NextToken, empty_trainer
 
 
@@ -20,14 +20,15 @@ def run(config: Config) -> int:
 
 
 def sft_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
-    """Read, tokenise and pack the dialogues of all epochs; every rank does the same by itself.
+    """Read, tokenise and pack the dialogues of all epochs. Collective.
 
     Raises:
         ValueError: a record is not valid, its prompt alone is as long as data.seq_length, or the tokenizer is wrong.
     """
     form, sft, data = chat_format(config), config.sft, config.data
     sources = open_sources(sft.sources, sft.valid, read_dialogues, config, "sft")
-    dialogues, cut = encode(form, sources.records, data.seq_length)
+    coded = tokenised(sources.records, lambda part: encode(form, part, data.seq_length), mesh)
+    dialogues, cut = [dialogue for dialogue, _ in coded], sum(is_cut for _, is_cut in coded)
     shares = [source.share for source in sft.sources]
     sequences: list[list[int]] = []
     for epoch in range(sft.epochs):
@@ -41,7 +42,7 @@ def sft_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
 
     valid = None
     if held := [record for records in sources.valid.values() for record in records]:
-        encoded, _ = encode(form, held, data.seq_length)
+        encoded = [dialogue for dialogue, _ in encode(form, held, data.seq_length)]
         valid = loader(encoded, pack([len(dialogue.ids) for dialogue in encoded], data.seq_length))
     tokens = sum(len(dialogues[n].ids) for sequence in sequences for n in sequence)
     notes = [
@@ -56,31 +57,19 @@ def sft_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
     return config, Task(loss, loader(dialogues, sequences), validates, fingerprints, "sft", tuple(notes))
 
 
-def encode(form: ChatFormat, dialogues: Sequence[Dialogue], longest: int) -> tuple[list[Encoded], int]:
-    """Dialogues as ids, those beyond `longest` without their end; and how many were cut.
+def encode(form: ChatFormat, dialogues: Sequence[Dialogue], longest: int) -> list[tuple[Encoded, bool]]:
+    """Dialogues as ids, and whether what is beyond `longest` was cut off.
 
     Raises:
         ValueError: nothing of an answer would be left; names file, line and both lengths.
     """
-    encoded, cut = [], 0
-    for dialogue, whole in zip(dialogues, _ids(form, dialogues), strict=True):
-        kept = Encoded(whole.ids[:longest], whole.train[:longest])
-        if not kept.train[1:].any():
+    found = []
+    whole = dialogue_ids(form, [(dialogue.origin, dialogue.messages) for dialogue in dialogues])
+    for dialogue, (ids, train) in zip(dialogues, whole, strict=True):
+        if not train[1:longest].any():
             raise ValueError(
-                f"{dialogue.origin}: no token of an answer is left to learn of {len(whole.ids)} tokens within "
+                f"{dialogue.origin}: no token of an answer is left to learn of {len(ids)} tokens within "
                 f"data.seq_length={longest}; raise it, or remove the record"
             )
-        cut += len(whole.ids) > longest
-        encoded.append(kept)
-    return encoded, cut
-
-
-def _ids(form: ChatFormat, dialogues: Sequence[Dialogue]) -> list[Encoded]:
-    """All at once, which is faster; one by one where a record is bad, which must be named."""
-    try:
-        return form.dialogues([dialogue.messages for dialogue in dialogues])
-    except ValueError:
-        for dialogue in dialogues:
-            with named(dialogue.origin):
-                form.dialogue(dialogue.messages)
-        raise
+        found.append((Encoded(ids[:longest], train[:longest]), len(ids) > longest))
+    return found

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -14,9 +15,17 @@ import numpy as np
 
 from megallama.alignment import RecordsConfig
 from megallama.config import Config
-from megallama.data import ChatFormat, Origin, key, load_tokenizer, mix, permute
+from megallama.data import ChatFormat, Encoded, Message, Origin, key, load_tokenizer, mix, permute
+from megallama.data.record_files import split_name
+from megallama.runtime.exchange import everyones
+from megallama.runtime.mesh import Mesh
+from megallama.runtime.progress import items_progress
+from megallama.train.scoring import shares
 
 T = TypeVar("T")
+E = TypeVar("E")
+CHUNK = 1 << 14
+"""Records that the ranks tokenise at a time."""
 HELD_OUT_KEY = 2
 """Sets the key by which records are held out apart from those that order them."""
 
@@ -66,6 +75,46 @@ def open_sources(
     return Sources(records, tuple(sizes), held, {f"data {name}": digest(name) for name in names})
 
 
+def tokenised(records: Sequence[T], encode: Callable[[Sequence[T]], list[E]], mesh: Mesh) -> list[E]:
+    """encode() of all records, worked out by the ranks together, each a part; the same on every rank. Collective.
+
+    Raises:
+        ValueError: as `encode`, on every rank.
+    """
+    world = mesh.world
+    found: list[E] = []
+    with items_progress("tokenised", len(records), world.rank == 0) as report:
+        for start in range(0, len(records), CHUNK):
+            chunk = records[start : start + CHUNK]
+            mine, fault = shares(len(chunk), world.size)[world.rank], ""
+            part: list[E] = []
+            try:
+                part = encode(chunk[mine.start : mine.stop])
+            except ValueError as error:
+                fault = str(error)
+            parts = everyones((part, fault), world)
+            if faults := [fault for _, fault in parts if fault]:
+                raise ValueError(faults[0])
+            found += chain.from_iterable(part for part, _ in parts)
+            report(len(chunk))
+    return found
+
+
+def dialogue_ids(form: ChatFormat, dialogues: Sequence[tuple[Origin, Sequence[Message]]]) -> list[Encoded]:
+    """Dialogues as ids: all at once, which is faster; one by one where a record is bad, which must be named.
+
+    Raises:
+        ValueError: a dialogue does not fit the template; names its place.
+    """
+    try:
+        return form.dialogues([messages for _, messages in dialogues])
+    except ValueError:
+        for origin, messages in dialogues:
+            with named(origin):
+                form.dialogue(messages)
+        raise
+
+
 @contextmanager
 def named(origin: Origin) -> Iterator[None]:
     """Errors inside say of which record they are."""
@@ -76,9 +125,10 @@ def named(origin: Origin) -> Iterator[None]:
 
 
 def digest(path: str) -> str:
-    """SHA-256 (hex) of a file."""
-    total = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    """SHA-256 (hex) of a file, and of the names that its fields are read under, if they are others."""
+    name, names = split_name(path)
+    total = hashlib.sha256(repr(names).encode() if names else b"")
+    with Path(name).open("rb") as file:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()

@@ -6,7 +6,8 @@ import gc
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -113,13 +114,50 @@ def test_four_ranks_give_the_answers_of_one() -> None:
                 same(found, alone)
 
 
+def test_rows_are_as_many_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = frozen()
+    asked = requests(9, GREEDY)
+    length = max(len(request.prompt) for request in asked) + GREEDY.max_new_tokens - 1
+    row = KVCache(trainer.stages.values(), 1, length).store.nbytes
+    assert row == KVCache.row_bytes(trainer.stages.values(), length)
+    made: list[int] = []
+
+    class Counted(KVCache):
+        def __init__(self, stages: Any, rows: int, length: int):
+            super().__init__(stages, rows, length)
+            made.append(rows)
+
+    monkeypatch.setattr(generator, "KVCache", Counted)
+    unbounded = Generator(trainer, Letters(), rows=6).run(asked)
+    monkeypatch.setattr(generator, "free_memory", lambda device: 3.5 * row / generator.CACHE_SHARE)
+    same(Generator(trainer, Letters(), rows=6).run(asked), unbounded)
+    assert made == [6, 3]
+    monkeypatch.setattr(generator, "free_memory", lambda device: row / 2)
+    with pytest.raises(ValueError, match=r"one sequence of \d+ tokens need .* GiB, but the device has .* GiB left"):
+        Generator(trainer, Letters()).run(asked)
+
+
+def shares_of(rank: int, world: int, prompts: list[tuple[int, ...]]) -> list[int]:
+    seen: list[int] = []
+    asked = [Request(prompt, n, Sampling(1)) for n, prompt in enumerate(prompts)]
+    Generator(frozen(), Letters()).run(asked, on_token=lambda number, token: seen.append(number))
+    return seen
+
+
+def test_a_prompts_answers_stay_on_one_replica() -> None:
+    with Ranks(2) as ranks:
+        a, b, c = (5, 4), (6, 4), (7, 4)
+        assert [sorted(seen) for seen in ranks.run(shares_of, [a, b, a, b, c, a])] == [[0, 2, 5], [1, 3, 4]]
+        assert ranks.run(shares_of, [a]) == [[0], []]  # the first rank sees its tokens: `chat` prints them
+
+
 def broken(rank: int, world: int, tp: int, pp: int) -> str:
     """The error of a model whose logits are not finite where token 7 has been read; request 3 has it."""
     trainer = frozen(tp, pp)
     for stage in trainer.stages.values():
         if stage.embed is not None and 0 <= 7 - stage.embed.first < len(stage.embed.weight):
             stage.embed.weight.data[7 - stage.embed.first] = math.nan
-    asked = [Request((5, 4, 20 + n), n, replace(GREEDY, top_k=1)) for n in range(6)]
+    asked = [Request((5, 4, 20 + n), n, replace(GREEDY, max_new_tokens=1, top_k=1)) for n in range(6)]
     asked[3] = asked[3]._replace(prompt=(5, 7, 9))
     with pytest.raises(ValueError) as caught:
         Generator(trainer, Letters()).run(asked)
@@ -190,13 +228,18 @@ def test_rows_must_be_positive() -> None:
 
 
 def test_tokens_and_answers_are_told_as_they_come() -> None:
-    told: list[tuple[int, Any]] = []
-    asked = mixed(7)
-    answers = Generator(frozen(), Letters(), rows=2).run(
-        asked, lambda n, token: told.append((n, token)), lambda n, answer: told.append((n, answer))
-    )
+    told: list[tuple[int, int]] = []
+    shown: list[Any] = []
+
+    @contextmanager
+    def watch(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        shown.append((label, total))
+        yield shown.append
+
+    answers = Generator(frozen(), Letters(), rows=2).run(mixed(7), lambda n, token: told.append((n, token)), watch)
     for n, answer in enumerate(answers):
-        assert [what for number, what in told if number == n] == [*answer.ids, answer]
+        assert [token for number, token in told if number == n] == list(answer.ids)
+    assert shown == [("answers", 7), *[1] * 7]
 
 
 def test_memory_is_what_is_needed_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,10 +101,10 @@ def test_only_the_last_answer_is_trained(world: GhostWorld, tmp_path: Path, plac
     path = tmp_path / "gatt.jsonl"
     write_records(path, [record])
     dialogues = read_dialogues(path)
-    (encoded,), cut = encode(model.form, dialogues, 400)
+    ((encoded, cut),) = encode(model.form, dialogues, 400)
     (batch,) = DialogueLoader([encoded], [[0]]).micros(0, 0, 1, 1, 1)
     answer = [*model.form.answer(record["messages"][-1]["content"]), EOS]
-    assert cut == 0 and batch.labels[batch.labels != IGNORE].tolist() == answer == batch.labels[-len(answer) :].tolist()
+    assert not cut and batch.labels[batch.labels != IGNORE].tolist() == answer == batch.labels[-len(answer) :].tolist()
     assert batch.count == len(answer) > 1
     (logits,) = model.trainer.infer([batch], lambda logits, batch: logits.clone())
     loss = NextToken(model.trainer.config.model.vocab_size, model.mesh.tp)

@@ -144,6 +144,15 @@ def test_it_goes_on_bitwise_after_a_stop(world):
         assert weights(a) == weights(b)
 
 
+def test_it_goes_on_in_another_layout(world):
+    whole = go(0, 1, ppo_config(world, "from-one"))
+    config = ppo_config(world, "to-two")
+    go(0, 1, replace(config, train=replace(config.train, stop_after=2)))
+    with Ranks(2) as ranks:
+        found = ranks.run(go, replace(config, parallel=replace(config.parallel, pp=2)))[0]
+    assert differences(whole, found) < 1e-6
+
+
 def moving(rank: int, size: int, config: Config) -> list[dict]:
     """The run with idle models that leave the device, which here is the host too."""
     usual = models.Residence

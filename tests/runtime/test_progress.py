@@ -7,6 +7,7 @@ import re
 
 from rich.console import Console
 
+import megallama.runtime.progress
 from megallama.runtime.progress import Progress, clock, scaled
 
 RECORD = {"step": 0, "loss": 3.25, "lr": 3e-4, "grad_norm": 1.234, "consumed_tokens": 7, "tokens_per_second": 12345.6}
@@ -59,6 +60,24 @@ def test_the_bar_keeps_to_the_terminal_and_breaks_between_fields():
     assert "loss 3.2500  lr 3.00e-04  norm 1.23  12.3k tok/s  42.1 TFLOP/s  mfu 41.2%" in rows[-2]
     assert rows[-1] == "1.5 GiB  reward accuracy 0.625"
     assert text.count("checkpoint saved: runs/[4]") == 1
+
+
+def test_the_inside_of_a_long_step_is_shown(monkeypatch):
+    monkeypatch.setattr(megallama.runtime.progress, "FRAME", 0)
+    monkeypatch.setattr(megallama.runtime.progress, "PLAIN_SECONDS", 0)
+    for terminal in (False, True):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=terminal, width=80, color_system=None)
+        with Progress(total=3, console=console) as progress:
+            progress.update(1, RECORD)
+            with progress.within("answers", 40) as report:
+                report(10)
+                report(5)
+            progress.update(2, RECORD)
+        before, after = stream.getvalue().rsplit("answers 15/40", 1)
+        assert "answers 10/40" in before and "a second" in after and "answers" not in after
+    with Progress.silent() as progress, progress.within("answers", 2) as report:
+        report(2)
 
 
 def test_other_ranks_are_silent(capfd):

@@ -195,8 +195,7 @@ def test_a_text_that_spells_a_special_token_is_named(world, tmp_path):
         ids + [form.eos] * ("<END>" in text) for text, ids in zip(texts, encode_batch(texts), strict=True)
     ]
     with pytest.raises(ValueError, match=r"tags\.jsonl:2: a text spells the tokenizer's special token"):
-        for pair in read_pairs(str(path)):
-            reward.encode(form, pair, "none", 64)
+        reward.encode(form, read_pairs(str(path)), "none", 64)
     write_records(path, [{"prompt": "Say red.", "response": f"red.{end}"} for end in ("", "<END>")])
     with pytest.raises(ValueError, match=r"tags\.jsonl:2: a text spells the tokenizer's special token"):
         sft.encode(form, read_dialogues(str(path)), 64)

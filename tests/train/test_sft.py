@@ -90,6 +90,21 @@ def test_labels_are_the_answers_and_their_eos_alone(world):
     assert batch.count == len(learnt)
 
 
+def test_speed_is_counted_in_tokens_without_padding(world):
+    config, task = sft.sft_task(sft_config(world, "volume"), Mesh())
+    lengths = [[len(task.train.dialogues[n].ids) - 1 for n in sequence] for sequence in task.train.sequences]
+    assert task.train.volume(1, 2) == (sum(lengths[1]) + sum(lengths[2]), len(lengths[1]) + len(lengths[2]))
+    assert task.train.volume(0, 10**6).tokens == sum(map(sum, lengths))
+    assert task.train.volume(len(lengths), 3) == (0, 0)
+    batch = task.train.micros(1, 0, 1, 2, 1)[0]
+    assert batch.length == task.train.volume(1, 2).tokens and len(batch.bounds) - 1 == task.train.volume(1, 2).rows
+    records = train_on_rank(0, 1, sft_config(world, "volume"), sft.sft_task, empty_trainer)
+    assert records[-1]["consumed_tokens"] == sum(map(sum, lengths))
+    for record, first in zip(records, range(0, len(lengths), config.train.global_batch_size), strict=True):
+        tokens = task.train.volume(first, config.train.global_batch_size).tokens
+        assert record["tokens_per_second"] * record["step_seconds"] == pytest.approx(tokens)
+
+
 def test_a_separator_stands_between_prompt_and_answer(world):
     config = sft_config(world, "separator", chat=ChatConfig(separator="<ans>"))
     separator = load_tokenizer(world.tokenizer).token_id("<ans>")

@@ -30,15 +30,17 @@ from megallama.rlhf.ppo.rewards import whiten
 from megallama.rlhf.ppo.rollout import (
     Answered,
     Micro,
-    answer,
     estimate_advantages,
     kl_of_rows,
     micro_batch,
     prompt_numbers,
     replica_rows,
+    requests_of,
     seeds_of,
+    with_answers,
 )
 from megallama.rlhf.prompts import TokenPrompt
+from megallama.runtime.progress import Watch, unwatched
 from megallama.train.trainer import Stats, Trainer
 
 VALID = 1 << 60
@@ -101,6 +103,7 @@ class Ppo:
         self.log_probs = TokenLogProbs(vocab, tp, ppo.temperature)
         self.policy_loss = PolicyLoss(vocab, tp, ppo.clip, ppo.temperature)
         self.value_loss = ValueLoss(ppo.value_clip or math.inf)
+        self.watch: Watch = unwatched  # of the sampling, which takes most of an iteration
 
     def iterate(self, iteration: int, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], bool, bool]:
         """One iteration; returns (its record, some gradient was not finite, somebody asked to stop).
@@ -143,7 +146,8 @@ class Ppo:
         with models.reading(models.actor), models.consolidation.gathered() as generating:
             generator = Generator(generating, self.tokenizer, config.generate.rows)
             seeds = seeds_of(config.train.seed, numbers)
-            return answer(generator, prompts, self.sampling, config.data.seq_length, seeds)
+            requests = requests_of(prompts, self.sampling, config.data.seq_length, seeds)
+            return with_answers(prompts, generator.run(requests, watch=self.watch))
 
     def _score(self, answered: Answered) -> Scores:
         return self.models.judges(answered.rows, [prompt.record.is_safety for prompt in answered.prompts])

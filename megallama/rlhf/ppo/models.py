@@ -15,7 +15,7 @@ from megallama.inference.consolidate import Consolidation, generation_mesh
 from megallama.parallel.pieces import Slot
 from megallama.rlhf.judges import Judges, judge_source, open_judge
 from megallama.runtime.mesh import Mesh
-from megallama.train.models import adopt, frozen, mesh_for, open_weights, scored
+from megallama.train.models import adopt, agreed, frozen, mesh_for, open_weights, scored
 from megallama.train.residence import Residence
 from megallama.train.run import starting_weights
 from megallama.train.trainer import Trainer, empty_trainer
@@ -122,5 +122,5 @@ def _updates(config: Config) -> Config:
 def _started(config: Config, mesh: Mesh, source: Source) -> Trainer:
     trainer = empty_trainer(config, mesh)
     assert trainer.optimizer is not None, "it is to be trained"
-    trainer.optimizer.load_weights(source.read)
+    trainer.optimizer.load_weights(agreed(source, mesh).read)
     return trainer

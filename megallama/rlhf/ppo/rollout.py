@@ -13,8 +13,7 @@ from torch import Tensor
 from megallama.alignment import PpoConfig
 from megallama.data import Order, key
 from megallama.data.batch import IGNORE, Batch
-from megallama.inference.generator import Generator
-from megallama.inference.sampling import Request, Sampling
+from megallama.inference.sampling import Answer, Request, Sampling
 from megallama.parallel.collectives import all_reduce
 from megallama.rlhf.ppo.advantages import gae, moments, whiten_by
 from megallama.rlhf.ppo.rewards import token_rewards
@@ -51,20 +50,22 @@ def prompt_numbers(count: int, first: int, size: int, seed: int) -> list[int]:
     return Order([1.0], [count], seed)(np.arange(first, first + size)).position.tolist()
 
 
-def answer(
-    generator: Generator, prompts: Sequence[TokenPrompt], sampling: Sampling, longest: int, seeds: Sequence[int]
-) -> Answered:
-    """Sample an answer to each prompt; none goes beyond `longest` tokens in all. Collective."""
-    requests = [
+def requests_of(
+    prompts: Sequence[TokenPrompt], sampling: Sampling, longest: int, seeds: Sequence[int]
+) -> list[Request]:
+    """One for each prompt; no answer goes beyond `longest` tokens in all."""
+    return [
         Request(p.ids, seed, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, longest - len(p.ids))))
         for p, seed in zip(prompts, seeds, strict=True)
     ]
-    found = generator.run(requests)
+
+
+def with_answers(prompts: Sequence[TokenPrompt], answers: Sequence[Answer]) -> Answered:
     return Answered(
         list(prompts),
-        [np.array([*p.ids, *a.ids], np.int64) for p, a in zip(prompts, found, strict=True)],
-        [a.log_probs for a in found],
-        [a.finish != "length" for a in found],
+        [np.array([*p.ids, *a.ids], np.int64) for p, a in zip(prompts, answers, strict=True)],
+        [a.log_probs for a in answers],
+        [a.finish != "length" for a in answers],
     )
 
 

@@ -16,8 +16,8 @@ from megallama.checkpoint import Checkpointer
 from megallama.checkpoint.formats import StoreSource, check_export, write_hf
 from megallama.config import Config
 from megallama.data import read_prompts
+from megallama.files import write_whole
 from megallama.rlhf.judges import Scores
-from megallama.rlhf.parts import write_whole
 from megallama.rlhf.ppo.algorithm import Ppo, Progressed
 from megallama.rlhf.ppo.models import CRITIC, Models, updates
 from megallama.rlhf.ppo.rollout import Answered
@@ -111,6 +111,7 @@ class PpoRun:
             every = self.config.log.interval
             progress = Progress(train.steps, self.at.iteration, every) if self.first else Progress.silent()
             stack.enter_context(progress)
+            self.ppo.watch = progress.within
             stop = stack.enter_context(StopSignal())
             for line in notes:
                 progress.note(line)

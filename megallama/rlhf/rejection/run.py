@@ -24,15 +24,15 @@ from megallama.data import Tokenizer, key, read_prompts
 from megallama.inference.consolidate import generation_config, generation_mesh
 from megallama.inference.generator import Generator
 from megallama.inference.sampling import Answer, Request, Sampling
-from megallama.rlhf.chat_model import from_first_rank
 from megallama.rlhf.judges import Judges, combined, judge_source
 from megallama.rlhf.parts import SETTINGS, Parts
 from megallama.rlhf.prompts import TokenPrompt, tokenise
 from megallama.rlhf.rejection.candidates import BAG, FORMAT, Candidate, read_bag, text_of
 from megallama.rlhf.rejection.harvest import harvest
+from megallama.runtime.exchange import from_first
 from megallama.runtime.launch import resolve
 from megallama.runtime.mesh import Mesh
-from megallama.runtime.progress import Progress
+from megallama.runtime.progress import Progress, Watch, unwatched
 from megallama.train.models import adopt, frozen, identity, open_weights, without_batches
 from megallama.train.residence import Residence
 from megallama.train.run import on_mesh, run_folder, write_config
@@ -131,7 +131,7 @@ class RejectionRun:
         section, first = self.given.rejection, self.mesh.world.rank == 0
         count = -(-len(self.prompts) // section.part)
         parts = self._parts(count) if first else None
-        missing = from_first_rank(lambda: parts.missing() if parts else [], self.mesh)
+        missing = from_first(lambda: parts.missing() if parts else [], self.mesh.world, self.mesh.device)
         if first:
             write_config(self.given)
         with Progress(count, count - len(missing)) if first else Progress.silent() as progress:
@@ -142,7 +142,7 @@ class RejectionRun:
                 assert models is not None, "there is something to sample"
                 start = time.perf_counter()
                 places = range(self.number * section.part, min(len(self.prompts), (self.number + 1) * section.part))
-                found = self.sample(models, places)
+                found = self.sample(models, places, progress.within)
                 if parts is not None:
                     parts.write(self.number, [candidate._asdict() for candidate in found])
                     progress.update(done, self._report(found, done, time.perf_counter() - start))
@@ -168,14 +168,14 @@ class RejectionRun:
             "reward_mean": math.fsum(own) / len(own),
         }
 
-    def sample(self, models: Models, places: range) -> list[Candidate]:
+    def sample(self, models: Models, places: range, watch: Watch = unwatched) -> list[Candidate]:
         """The candidates of some prompts: of each those of the bags, then its new answers by temperature and number.
 
         Raises:
             ValueError: logits or scores are not finite.
         """
         requests = [request for place in places for request in self._requests(place)]
-        answers = iter(zip(requests, models.answer(requests), strict=True))
+        answers = iter(zip(requests, models.answer(requests, watch), strict=True))
         found: list[tuple[TokenPrompt, Candidate]] = []
         for place in places:
             prompt, name = self.prompts[place], self.prompts[place].record.key
@@ -215,9 +215,9 @@ class Models:
         self._generator = Generator(policy, tokenizer, config.generate.rows)
         self.judges = Judges(general, mesh, config.model.vocab_size)
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+    def answer(self, requests: Sequence[Request], watch: Watch) -> list[Answer]:
         with self._residence.reading():
-            return self._generator.run(requests)
+            return self._generator.run(requests, watch=watch)
 
 
 def seeds_of(seed: int, place: int, temperatures: int, samples: int) -> list[list[int]]:
