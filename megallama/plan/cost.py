@@ -7,6 +7,8 @@ recomputation is work of the layout, not of the model, and is not counted.
 
 from __future__ import annotations
 
+from functools import cache
+
 from megallama.config import SCALAR, ModelConfig, ParallelConfig
 from megallama.pipeline import balance
 
@@ -90,10 +92,14 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
     """
     if parallel.layers_per_stage:
         return parallel.layers_per_stage
-    passes = 3 + (parallel.recompute == "full")
+    return _balanced(model, parallel.stages, 3 + (parallel.recompute == "full"), seq_length)
+
+
+@cache
+def _balanced(model: ModelConfig, stages: int, passes: int, seq_length: int) -> tuple[int, ...]:
     return balance(
         layers=model.num_hidden_layers,
-        stages=parallel.stages,
+        stages=stages,
         layer_cost=float(passes * block_flops(model, seq_length)),
         first_cost=float(3 * 2 * model.hidden_size),
         last_cost=float(3 * head_flops(model)),

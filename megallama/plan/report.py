@@ -106,4 +106,7 @@ def _memory_table(config: Config, world_size: int) -> list[str]:
     table = ["GiB a rank" + "".join(f"{head:>13}" for head in heads)]
     for rank, row in enumerate(rows):
         table.append(f"pp rank {rank:<2}" + "".join(f"{b / GIB:>13.3f}" for b in [*row, sum(row)]))
-    return [*table, "Activations are an estimate for a flash attention kernel; buffers of the libraries come on top."]
+    return [
+        *table,
+        "Activations, logits and buffers at their common peak; what libraries and the allocator take comes on top.",
+    ]

@@ -1,0 +1,141 @@
+"""Seconds of a stage's actions, from the kernels and collectives of its blocks, its embedding and its head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megallama.plan.job import WIDTH, Job
+from megallama.plan.machine import Machine
+
+ATTENTION, ATTENTION_BACKWARD = 0.7, 0.6
+"""Speed of attention kernels, forward and backward, against large matrix products."""
+SCORE_PASSES = 7
+"""How often kernels that do not fuse attention read or write a score: scaled, masked, softmax, dropout, products."""
+BACKWARD_KERNELS = 1.5
+"""Kernels of a block's backward against its forward's."""
+LOGIT_BYTES = 16
+"""Of a logit, over forward and backward of the cross-entropy in float32."""
+
+
+class BlockSeconds(NamedTuple):
+    """One micro-batch through one block on one rank.
+
+    Attributes:
+        forward: all of it; it may wait for the host.
+        inputs: backward to the block's input, recomputation included.
+        weights: backward to its weights.
+        collectives: the part of the tensor-parallel ranks' communication in all three.
+    """
+
+    forward: float
+    inputs: float
+    weights: float
+    collectives: float
+
+
+def block_seconds(job: Job, machine: Machine) -> BlockSeconds:
+    """Of one transformer block."""
+    products = _matrices(job)
+    forward = sum(machine.matmul(m, n, k) for m, n, k in products)
+    inputs = sum(machine.matmul(m, k, n) for m, n, k in products)
+    weights = sum(machine.matmul(n, k, m) for m, n, k in products)
+    core, core_back = attention_seconds(job, machine)
+    moved = machine.moved(elementwise_bytes(job))
+    exchange = 2 * exchange_seconds(job, machine)
+    there = machine.launched(forward + core + moved + exchange)
+    back = machine.launched(inputs + weights + core_back + 1.5 * moved + exchange, BACKWARD_KERNELS)
+    again = {"none": 0.0, "selective": core, "full": there}[job.layout.recompute]
+    collectives = (3 if job.layout.recompute == "full" else 2) * exchange
+    return BlockSeconds(there, back - weights + again, weights, collectives)
+
+
+def _matrices(job: Job) -> list[tuple[int, int, int]]:
+    """(m, n, k) of a block's matrix products: (m, k) times (k, n)."""
+    s, tp, tokens = job.shape, job.layout.tp, job.tokens
+    query, kv, width = s.hidden // tp, max(s.kv_heads // tp, 1) * s.head_dim, s.intermediate // tp
+    return [
+        (tokens, query + 2 * kv, s.hidden),
+        (tokens, s.hidden, query),
+        (tokens, (s.feed_forwards - 1) * width, s.hidden),
+        (tokens, s.hidden, width),
+    ]
+
+
+def attention_seconds(job: Job, machine: Machine) -> tuple[float, float]:
+    """(forward, backward) of the attention core: both products with the scores, and what lies between them."""
+    s, samples = job.shape, job.layout.micro_batch
+    heads = max(1, s.heads // job.layout.tp)
+    scores = samples * heads * job.seq_length**2
+    flops = 2 * 2 * scores * s.head_dim
+    if job.engine.fused_attention:  # causal: half of the scores; backward computes them again
+        forward, backward = flops / 2, 2.5 * flops / 2
+        return forward / (machine.flops * ATTENTION), backward / (machine.flops * ATTENTION_BACKWARD)
+    passes = machine.moved(SCORE_PASSES * scores * WIDTH[job.dtype])
+    return flops / (machine.flops * ATTENTION_BACKWARD) + passes, 2 * flops / (
+        machine.flops * ATTENTION_BACKWARD
+    ) + passes
+
+
+def elementwise_bytes(job: Job) -> float:
+    """Read and written by a block's forward outside of its products: norms, residuals, positions, activation.
+
+    Numbers a token: both norms read and write `hidden`, both residual sums read two and write one; queries, keys and
+    values are turned and laid out anew; the activation reads what the first matrices give and writes one.
+    """
+    s, layout = job.shape, job.layout
+    whole = 10 * s.hidden / (layout.tp if layout.sequence_parallel else 1)
+    split = 6 * s.hidden + (3 if s.gated else 2) * s.intermediate
+    return job.tokens * WIDTH[job.dtype] * (whole + split / layout.tp)
+
+
+def exchange_seconds(job: Job, machine: Machine) -> float:
+    """What tensor-parallel ranks exchange around attention or feed-forward, once: a gather and a reduce-scatter, or
+    the all-reduce that is both."""
+    size = job.tokens * job.shape.hidden * WIDTH[job.dtype]
+    return 2 * machine.gathered(size, machine.group(job.layout.tp, 1))
+
+
+def head_seconds(job: Job, machine: Machine) -> tuple[float, float, float]:
+    """(forward, backward to the input, backward to the weights) of the last stage's head and loss."""
+    columns = 1 if job.shape.scalar else -(-job.shape.vocab // job.layout.tp)
+    m, n, k = job.tokens, columns, job.shape.hidden
+    loss = machine.moved(LOGIT_BYTES * m * n) / 2
+    return machine.matmul(m, n, k) + loss, machine.matmul(m, k, n) + loss, machine.matmul(n, k, m)
+
+
+def embedding_seconds(job: Job, machine: Machine) -> float:
+    """Forward of the first stage's lookup; its backward is twice that."""
+    return machine.moved(3 * job.tokens * job.shape.hidden * WIDTH[job.dtype])
+
+
+def stage_parameters(job: Job, stage: int) -> int:
+    """Parameters of one stage on one rank."""
+    s, tp, layout = job.shape, job.layout.tp, job.layout
+    kv = max(s.kv_heads // tp, 1) * s.head_dim
+    block = s.hidden * (2 * (s.hidden // tp) + 2 * kv + s.feed_forwards * (s.intermediate // tp)) + 2 * s.hidden
+    table = -(-s.vocab // tp) * s.hidden
+    count = layers_of(job)[stage] * block
+    if stage == 0:
+        count += table
+    if stage == layout.stages - 1:
+        head = s.hidden if s.scalar else table
+        count += s.hidden + (0 if s.tied and stage == 0 else head)
+    return count
+
+
+def layers_of(job: Job) -> tuple[int, ...]:
+    """Blocks of each stage; evenly, the earlier ones more, where the layout does not say."""
+    if job.layout.layers_per_stage:
+        return job.layout.layers_per_stage
+    each, more = divmod(job.shape.layers, job.layout.stages)
+    return tuple(each + (stage < more) for stage in range(job.layout.stages))
+
+
+def model_flops(job: Job) -> int:
+    """Of a whole step, by the conventions of `cost`: three forwards, attention in full, no recomputation."""
+    s = job.shape
+    kv = s.kv_heads * s.head_dim
+    weights = s.hidden * (2 * s.hidden + 2 * kv + s.feed_forwards * s.intermediate)
+    block = 2 * weights + 4 * job.seq_length * s.hidden
+    head = 2 * s.hidden * (1 if s.scalar else s.vocab)
+    return 3 * (s.layers * block + head) * job.global_batch * job.seq_length
