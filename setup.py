@@ -10,12 +10,14 @@ HF = ["transformers>=5", "tokenizers"]
 MPI = ["mpi4py"]
 # Readers of compressed and columnar text: large, and not needed for JSONL and plain text, so not required.
 DATA = ["zstandard", "pyarrow"]
+FIT = ["scipy"]  # to fit the planner's constants anew; planning itself needs none of it
 BENCH = [*HF, "megatron-core"]
 
 setup(
     name="megallama",
     version="0.1.0",
     description="A tensor x pipeline x data parallel training engine for Llama-2-shaped models",
+    package_data={"megallama.plan": ["constants.yaml", "clusters/*.yaml"]},
     python_requires=">=3.10",
     packages=find_packages(include=["megallama", "megallama.*"]),
     install_requires=[
@@ -35,11 +37,13 @@ setup(
         "mpi": MPI,
         "data": DATA,
         "bench": BENCH,
+        "fit": FIT,
         "dev": [
             *HF,
             *MPI,
             *DATA,
             *BENCH,
+            *FIT,
             "mpich; sys_platform == 'linux'",  # an mpirun for the tests
             "pytest",
             "pytest-timeout",

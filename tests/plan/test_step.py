@@ -1,0 +1,99 @@
+"""The predicted step: what it is made of, and that short programs tell the time of long ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megallama.config import Config, ModelConfig
+from megallama.pipeline import simulate
+from megallama.plan.cluster import load_cluster
+from megallama.plan.cost import parameters, train_flops_per_token
+from megallama.plan.job import MEGATRON_2021, Job, Layout, Shape, job_of, shape_of
+from megallama.plan.machine import Constants, Machine, fitted
+from megallama.plan.step import actions_of, cost_of, pipeline_seconds, predict, program_of
+from megallama.plan.work import model_flops, stage_parameters
+from megallama.presets import PRESETS
+
+RSC = load_cluster("rsc")
+MACHINE = Machine(RSC, fitted())
+SEVEN = Shape(32, 4096, 32, 32, 11008, 32000)
+LAYOUT = Layout(tp=2, pp=4, dp=2, micro_batch=1)
+
+
+def job(micros: int = 8, shape: Shape = SEVEN, **layout) -> Job:
+    given = LAYOUT._replace(**layout)
+    return Job(shape, 4096, micros * given.micro_batch * given.dp, given)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pp": 4},
+        {"pp": 4, "vpp": 2, "schedule": "interleaved"},
+        {"pp": 4, "schedule": "zero-bubble"},
+        {"pp": 4, "schedule": "gpipe"},
+        {"pp": 3, "layers_per_stage": (9, 12, 11)},
+        {"pp": 4, "recompute": "full", "micro_batch": 2},
+    ],
+)
+@pytest.mark.parametrize("micros", [4, 16, 48, 96])
+def test_short_programs_tell_the_time_of_long_ones(layout: dict, micros: int):
+    if layout["pp"] == 3:
+        micros += micros % 3
+    asked = job(micros, **layout)
+    actions = actions_of(asked, MACHINE)
+    program = program_of(asked.layout.schedule, asked.layout.pp, micros, asked.layout.vpp)
+    whole = max(event.end for event in simulate(program, cost_of(actions), actions.hop))
+    assert pipeline_seconds(asked, actions) == pytest.approx(whole, rel=2e-3)
+
+
+def test_the_parts_make_the_whole():
+    for layout in ({}, {"recompute": "full"}, {"schedule": "zero-bubble"}, {"pp": 1, "dp": 8}):
+        found = predict(job(**layout), MACHINE)
+        assert sum(found[1:]) == pytest.approx(found.seconds)
+        assert all(part >= 0 for part in found)
+
+
+def test_what_must_cost_time_does():
+    base = predict(job(), MACHINE).seconds
+    assert predict(job(recompute="full"), MACHINE).seconds > predict(job(recompute="selective"), MACHINE).seconds > base
+    assert predict(job(micros=16), MACHINE).seconds > 1.5 * base
+    assert predict(job(schedule="zero-bubble"), MACHINE).bubble < predict(job(), MACHINE).bubble
+    chunks = predict(job(schedule="interleaved", vpp=4), MACHINE)
+    assert chunks.bubble < 0.5 * predict(job(), MACHINE).bubble
+    slower = Machine(load_cluster("production"), fitted())
+    assert 0.85 < base / predict(job(), slower).seconds < 1
+    assert predict(job(), Machine(load_cluster("h100"), fitted())).seconds < 0.6 * base
+
+
+def test_with_a_perfect_machine_a_large_model_runs_near_its_peak():
+    perfect = Machine(RSC, Constants(1, 1, 1, 1, 0, 0, 0, 0))
+    asked = Job(SEVEN, 4096, 32, Layout(1, 1, 8, 4))
+    seconds = predict(asked, perfect).seconds
+    assert 0.7 < model_flops(asked) / seconds / 8 / 312e12 < 1
+
+
+def test_counts_are_those_of_the_configured_model():
+    for shape in PRESETS.values():
+        config = Config(model=ModelConfig(**shape))
+        counted = shape_of(config.model)
+        asked = Job(counted, 4096, 8, Layout(1, 1, 8, 1))
+        assert stage_parameters(asked, 0) == parameters(config.model)
+        assert model_flops(asked) == train_flops_per_token(config.model, 4096) * 8 * 4096
+
+
+def test_the_stages_are_the_engines():
+    config = replace(Config(), model=ModelConfig(**PRESETS["llama2-70b"]))
+    config = replace(config, parallel=replace(config.parallel, pp=8, tp=8))
+    assert sum(job_of(config, 64).layout.layers_per_stage) == 80
+
+
+def test_hops_hold_up_an_engine_that_waits_for_them():
+    shape = SEVEN._replace(gated=False)
+    ours, theirs = job(shape=shape, dp=8), replace(job(shape=shape, dp=8), engine=MEGATRON_2021)
+    plain = actions_of(ours, MACHINE)
+    waits = actions_of(theirs, MACHINE)
+    assert waits.hop == plain.hop > 0
+    assert predict(theirs, MACHINE).seconds > predict(ours, MACHINE).seconds

@@ -1,0 +1,107 @@
+"""Tables of steps: the calibration file, predictions beside it, and bad rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from megallama.cli import main
+from megallama.plan.table import COLUMNS, PREDICTED, estimate, read_table
+
+MEASURED = Path(__file__).parents[2] / "tools" / "planner" / "measured_a100.csv"
+ROW = dict(
+    zip(
+        COLUMNS,
+        (
+            "24",
+            "2304",
+            "24",
+            "24",
+            "9216",
+            "0",
+            "51200",
+            "2048",
+            "1",
+            "1",
+            "1",
+            "32",
+            "16",
+            "512",
+            "0",
+            "full",
+            "1f1b",
+            "selene",
+        ),
+        strict=True,
+    )
+)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def test_the_calibration_file_is_predicted_row_by_row(tmp_path: Path):
+    target = tmp_path / "predicted.csv"
+    assert estimate(MEASURED, target) == 767
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 767 and set(PREDICTED) <= set(rows[0]) and rows[0]["model"] == "1.7B"
+    off = [float(row["predicted_step_seconds"]) / float(row["step_seconds"]) - 1 for row in rows]
+    assert sum(map(abs, off)) / len(off) < 0.12
+    first = rows[0]  # 1.7B: the paper's 137 TFLOP/s count recomputation, these do not
+    assert float(first["predicted_mfu"]) == pytest.approx(float(first["predicted_tflops_per_gpu"]) / 312, rel=1e-4)
+    assert 90 < float(first["predicted_tflops_per_gpu"]) < 137 and 20 < float(first["predicted_memory_gib"]) < 80
+
+
+def test_a_table_without_measurements_and_with_llamas(tmp_path: Path):
+    llama = {**ROW, "gated_mlp": "1", "num_key_value_heads": "8", "intermediate_size": "6144", "cluster": "h100"}
+    source = write(tmp_path / "rows.csv", [ROW, llama | {"sequence_parallel": "1", "recompute": "none"}])
+    assert main(["plan", "--estimate", str(source), "--out", str(tmp_path / "out.csv")]) == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        a, b = csv.DictReader(file)
+    assert float(b["predicted_step_seconds"]) < float(a["predicted_step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"cluster": "moon"}, "the cluster 'moon' is unknown"),
+        ({"tp": "0"}, "tp='0' must be a whole number above 0"),
+        ({"tp": "x"}, "tp='x' must be a whole number"),
+        ({"gated_mlp": "2"}, "gated_mlp='2' must be 0 or 1"),
+        ({"recompute": "some"}, "recompute='some' is unknown; choose one of none, selective, full"),
+        ({"schedule": "2f2b"}, "schedule='2f2b' is unknown"),
+        ({"global_batch_size": "500"}, "global_batch_size=500 is no multiple of micro_batch_size x dp = 512"),
+        ({"pp": "32"}, "num_layers=24 are fewer than pp x vpp = 32 stages"),
+        ({"vpp": "2", "pp": "2"}, "vpp=2 needs the schedule interleaved"),
+        ({"num_attention_heads": "25"}, "hidden_size=2304 is no multiple of 25 heads"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture, change: dict, problem: str):
+    source = write(tmp_path / "rows.csv", [ROW, ROW | change])
+    target = tmp_path / "out.csv"
+    assert main(["plan", "--estimate", str(source), "--out", str(target)]) == 2
+    told = capsys.readouterr().err
+    assert f"{source}:3: " in told and problem in told and told.count("\n") == 1
+    assert not target.exists()
+
+
+def test_bad_tables_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="the column num_layers is missing"):
+        read_table(write(tmp_path / "a.csv", [{"tp": "1"}]))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_table(tmp_path / "none.csv")
+    empty = tmp_path / "empty.csv"
+    empty.write_text(",".join(COLUMNS) + "\n")
+    with pytest.raises(ValueError, match="has no row"):
+        read_table(empty)
+    empty.write_text(",".join(COLUMNS) + "\n1,2\n")
+    with pytest.raises(ValueError, match=r"empty\.csv:2: the row has more or fewer fields"):
+        read_table(empty)
