@@ -43,6 +43,8 @@ SHAPES = dict.fromkeys(set(STAGES) - {"pretrain", "verify"}, "megallama.train.ru
 """Stages whose model comes from weights -> the function that --dry-run asks for it: "module:function", from
 configuration, stage and number of ranks to the configuration."""
 
+PLAN = "plan"
+
 USAGE = """usage: megallama STAGE --config FILE [--section.key value ...] [--dry-run [--world N]]
 
   --config FILE           YAML file with the run's settings
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """The text of `megallama --help`."""
     stages = "\n".join(f"  {name:<18}{stage.summary}" for name, stage in STAGES.items())
+    stages += f"\n  {PLAN:<18}know the best layout, memory and time of a run before it is queued"
     return f"{USAGE}\nstages:\n{stages}\n\n`megallama STAGE --help` lists every key with its type and [default]."
 
 
@@ -96,8 +99,10 @@ def _wait_for_the_other_ranks() -> None:
 
 
 def _dispatch(name: str, arguments: list[str]) -> int:
+    if name == PLAN:
+        return _plan(arguments)
     if name not in STAGES:
-        raise ValueError(f"unknown stage {name}; choose one of {', '.join(STAGES)}")
+        raise ValueError(f"unknown stage {name}; choose one of {', '.join((*STAGES, PLAN))}")
     if "-h" in arguments or "--help" in arguments:
         print(f"megallama {name}: {STAGES[name].summary}\n\n{USAGE}{options.describe(Config, RECIPES.get(name))}")
         return 0
@@ -115,6 +120,16 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if is_first_rank():
         print(describe(config, world, name))
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    """Nothing runs, so it has options of its own and needs no ranks."""
+    from megallama.plan import command
+
+    if "-h" in arguments or "--help" in arguments:
+        print(command.help_text())
+        return 0
+    return command.run(arguments)
 
 
 def _own_flags(arguments: Sequence[str]) -> tuple[bool, int | None, list[str]]:

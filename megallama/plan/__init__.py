@@ -1,7 +1,10 @@
-"""What a run costs before it runs: parameters, FLOPs, layers a stage and bytes a rank. Never imports torch.
+"""What a run costs before it runs: parameters, FLOPs, bytes a rank, seconds a step, days, carbon. Never imports torch.
 
-`cost` counts work and fixes the conventions behind TFLOP/s and MFU, `memory` counts bytes, `report` words both for
-`--dry-run`.
+`cost` counts work and fixes the conventions behind TFLOP/s and MFU; `job` says what is planned. `memory` (with
+`activations`) counts bytes. Time: `cluster` is data, `machine` times kernels and collectives on it with a few fitted
+constants, `work` the blocks of a stage, `step` the engine's own program made of them. `search` ranks layouts, `advice`
+words them, `outlook` plans the whole run, `pictures` (with `timeline`) draws, `emit` writes files to start from,
+`table` predicts whole tables, and `command` is `megallama plan`. `report` is what `--dry-run` prints.
 """
 
 from megallama.plan.cost import (

@@ -1,0 +1,108 @@
+"""The search finds what trying everything finds; its words, files and pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megallama.cli import main
+from megallama.config import load
+from megallama.plan.advice import explain
+from megallama.plan.cluster import load_cluster
+from megallama.plan.job import job_of
+from megallama.plan.machine import Machine, fitted
+from megallama.plan.memory import job_memory
+from megallama.plan.search import GIB, RESERVE, candidates, search
+from megallama.plan.step import predict
+
+RSC = load_cluster("rsc")
+MACHINE = Machine(RSC, fitted())
+SEVEN = ["--model.preset", "llama2-7b", "--train.global_batch_size", "64"]
+
+
+def test_the_search_finds_what_trying_everything_finds():
+    config = load(SEVEN)
+    limit = RSC.memory_gib * GIB * (1 - RESERVE)
+    tried = []
+    for given in candidates(config, 16, 8):
+        job = job_of(given, 16)
+        fits = max(part.total for part in job_memory(job)) <= limit
+        tried.append((predict(job, MACHINE).seconds, fits))
+    found = search(config, 16, MACHINE, 5)
+    best = sorted(seconds for seconds, fits in tried if fits)[:5]
+    assert [choice.prediction.seconds for choice in found.ranked] == pytest.approx(best)
+    assert found.valid == len(tried) > 100
+    assert found.roomy.prediction.seconds == min(seconds for seconds, _ in tried)
+    assert found.by_tp[found.ranked[0].job.layout.tp].prediction.seconds == found.ranked[0].prediction.seconds
+    for choice in found.ranked:
+        choice.config.validate(16)
+        assert choice.memory <= limit
+    lines = explain(found, MACHINE)
+    assert lines[0].startswith("Fastest: tp ") and "What binds: " in lines[2] and len(lines) >= 4
+
+
+def test_nothing_valid_and_nothing_that_fits_are_told():
+    with pytest.raises(ValueError, match=r"no layout fits: the leanest needs .* GiB on a GPU, which has 79\.3"):
+        search(load(["--model.preset", "llama2-70b", "--train.global_batch_size", "64"]), 8, MACHINE)
+    with pytest.raises(ValueError, match="no layout of 37 GPUs is valid for a global batch of 64 samples"):
+        search(load(SEVEN), 37, MACHINE)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "plan"
+    assert main(["plan", *SEVEN, "--gpus", "16", "--top", "3", "--explain", "--tokens", "2e12", "--emit", str(folder),
+                 "--pictures", str(folder)]) == 0  # fmt: skip
+    told = capsys.readouterr().out
+    assert "Fastest: " in told and "What binds" in told and "tCO2eq" in told
+    for name in ("timeline.png", "memory.png", "scaling.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    config = load(["--config", str(folder / "train.yaml")])
+    config.validate(16)
+    assert config.output_dir == str(folder / "run") and config.train.global_batch_size == 64
+    script = (folder / "train.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script and f"--config {folder}/train.yaml" in script
+    assert subprocess.run(["bash", "-n", str(folder / "train.sbatch")]).returncode == 0
+    title = yaml.safe_load((folder / "train.yaml").read_text())
+    assert title["model"]["preset"] == "llama2-7b"
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture):
+    assert main(["plan", *SEVEN, "--gpus", "8", "--top", "2", "--json", "--cluster", "production"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cluster"] == "production" and len(found["layouts"]) == 2
+    best = found["layouts"][0]
+    assert best["step_seconds"] == pytest.approx(sum(best["parts"].values()))
+    assert 0 < best["mfu"] < 1 and best["memory_gib"] < 79.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--cluster", "moon"], "the cluster 'moon' is unknown"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--gpus", "many"], "invalid int value"),
+        (["--out", "x.csv"], "--estimate CSV and --out CSV go together"),
+        (["--modle.preset", "x"], "unknown key modle.preset; did you mean model.preset"),
+        (["--pue", "0.5"], "pue=0.5 must be at least 1"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], problem: str, capsys: pytest.CaptureFixture):
+    assert main(["plan", *SEVEN, *arguments]) == 2
+    told = capsys.readouterr().err
+    assert problem in told and told.count("\n") == 1
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture):
+    assert main(["plan", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--explain" in told and "examples:" in told and "--data.seq_length" in told
+
+
+def test_planning_needs_no_torch():
+    code = "import sys, megallama.plan.command; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
