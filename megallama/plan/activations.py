@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megallama.plan.job import WIDTH, Job
-from megallama.plan.work import layers_of
 
 CHUNK_BYTES = 1 << 28
 """Of logits in float32 that the loss works on at a time (parallel/loss.py)."""
@@ -143,7 +142,7 @@ def stage_bytes(job: Job, stage: int, shard: Bytes, early: Bytes) -> StageBytes:
         shard: the stage's reduced gradients on one rank.
         early: the part of them that comes before the first block's gradients do.
     """
-    x, layers, kept = tensors_of(job), layers_of(job)[stage], kept_bytes(job, job.layout.recompute)
+    x, layers, kept = tensors_of(job), job.layers[stage], kept_bytes(job, job.layout.recompute)
     put_off, last = deferred(job), stage == job.layout.stages - 1
     head = _head(job) if last else _Head()
     # The first norm's wide input, or what is kept to recompute a block, is the stage's input itself, unless it is cast.

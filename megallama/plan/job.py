@@ -108,6 +108,14 @@ class Job:
         return self.global_batch // (self.layout.micro_batch * self.layout.dp)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks of each stage; evenly, the earlier ones more, where the layout does not say."""
+        if self.layout.layers_per_stage:
+            return self.layout.layers_per_stage
+        each, more = divmod(self.shape.layers, self.layout.stages)
+        return tuple(each + (stage < more) for stage in range(self.layout.stages))
+
+    @property
     def tokens(self) -> int:
         """Of one micro-batch."""
         return self.layout.micro_batch * self.seq_length

@@ -18,7 +18,7 @@ from megallama.config import Config
 from megallama.pipeline import Action, Event, build, lower
 from megallama.plan.activations import Bytes, StageBytes, deferred, stage_bytes, tensors_of
 from megallama.plan.job import WIDTH, Job, job_of
-from megallama.plan.work import layers_of
+from megallama.plan.work import block_parameters
 
 ALIGN = 64
 """Elements that a dp rank's shard of a bucket is padded to (optim/bucket.py)."""
@@ -93,7 +93,7 @@ def stage_buckets(job: Job, stage: int) -> Buckets:
     vocabulary = -(-shape.vocab // layout.tp) * shape.hidden
     first, last = stage == 0, stage == layout.stages - 1
     head = [shape.hidden if shape.scalar else 0 if shape.tied else vocabulary, shape.hidden] if last else []
-    blocks = [_block_parameters(job)] * layers_of(job)[stage]
+    blocks = [block_parameters(job)] * job.layers[stage]
     above, bucket = _fill([*head, *blocks[1:]], 0)
     below, rest = _fill([*blocks[:1], *([vocabulary] if first and not shape.tied else [])], bucket)
     tied = [vocabulary] if shape.tied and (first or last) else []
@@ -111,13 +111,6 @@ def _fill(units: list[int], bucket: int) -> tuple[list[int], int]:
             full.append(bucket)
             bucket = 0
     return full, bucket
-
-
-def _block_parameters(job: Job) -> int:
-    """Of one block on one rank: matrices are split over tp, K/V heads copied where tp exceeds them, norms whole."""
-    s, tp = job.shape, job.layout.tp
-    kv = max(s.kv_heads // tp, 1) * s.head_dim
-    return s.hidden * (2 * (s.hidden // tp) + 2 * kv + s.feed_forwards * (s.intermediate // tp)) + 2 * s.hidden
 
 
 def _persistent(job: Job, rank: int) -> RankMemory:
@@ -150,7 +143,7 @@ def _stages(job: Job) -> list[StageBytes]:
         return stage_bytes(job, stage, shard(early + late), shard(early))
 
     last = job.layout.stages - 1
-    alike = [(layers, stage == 0, stage == last) for stage, layers in enumerate(layers_of(job))]
+    alike = [(layers, stage == 0, stage == last) for stage, layers in enumerate(job.layers)]
     made = {key: one(alike.index(key)) for key in set(alike)}
     return [made[key] for key in alike]
 

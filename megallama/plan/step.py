@@ -9,7 +9,7 @@ from typing import NamedTuple
 from megallama.pipeline import Action, Event, Program, build, simulate
 from megallama.plan.job import WIDTH, Job
 from megallama.plan.machine import Machine
-from megallama.plan.work import block_seconds, embedding_seconds, head_seconds, layers_of, stage_parameters
+from megallama.plan.work import block_seconds, embedding_seconds, head_seconds, stage_parameters
 
 ROUNDS = 3
 """Micro-batches for each pipeline rank after which the pipeline repeats itself."""
@@ -66,7 +66,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
 
 def actions_of(job: Job, machine: Machine) -> Actions:
     """Seconds of the program's actions on each stage."""
-    layout, block, layers = job.layout, block_seconds(job, machine), layers_of(job)
+    layout, block, layers = job.layout, block_seconds(job, machine), job.layers
     last, split = layout.stages - 1, layout.schedule == "zero-bubble"
     embedding, head = embedding_seconds(job, machine), head_seconds(job, machine)
     hop = hop_seconds(job, machine)

@@ -108,27 +108,24 @@ def embedding_seconds(job: Job, machine: Machine) -> float:
     return machine.moved(3 * job.tokens * job.shape.hidden * WIDTH[job.dtype])
 
 
-def stage_parameters(job: Job, stage: int) -> int:
-    """Parameters of one stage on one rank."""
-    s, tp, layout = job.shape, job.layout.tp, job.layout
+def block_parameters(job: Job) -> int:
+    """Of one block on one rank: matrices are split over tp, K/V heads copied where tp exceeds them, norms whole."""
+    s, tp = job.shape, job.layout.tp
     kv = max(s.kv_heads // tp, 1) * s.head_dim
-    block = s.hidden * (2 * (s.hidden // tp) + 2 * kv + s.feed_forwards * (s.intermediate // tp)) + 2 * s.hidden
-    table = -(-s.vocab // tp) * s.hidden
-    count = layers_of(job)[stage] * block
+    return s.hidden * (2 * (s.hidden // tp) + 2 * kv + s.feed_forwards * (s.intermediate // tp)) + 2 * s.hidden
+
+
+def stage_parameters(job: Job, stage: int) -> int:
+    """Of one stage on one rank."""
+    s, layout = job.shape, job.layout
+    table = -(-s.vocab // layout.tp) * s.hidden
+    count = job.layers[stage] * block_parameters(job)
     if stage == 0:
         count += table
     if stage == layout.stages - 1:
         head = s.hidden if s.scalar else table
         count += s.hidden + (0 if s.tied and stage == 0 else head)
     return count
-
-
-def layers_of(job: Job) -> tuple[int, ...]:
-    """Blocks of each stage; evenly, the earlier ones more, where the layout does not say."""
-    if job.layout.layers_per_stage:
-        return job.layout.layers_per_stage
-    each, more = divmod(job.shape.layers, job.layout.stages)
-    return tuple(each + (stage < more) for stage in range(job.layout.stages))
 
 
 def model_flops(job: Job) -> int:

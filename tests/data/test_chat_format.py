@@ -67,7 +67,7 @@ def test_a_dialogue_is_the_joint_encoding_of_the_template(tokenizer: Tokenizer):
     chat = ChatFormat(tokenizer)
     expected = joint(tokenizer, [(first, "It is that,\nin the end."), (second, "ß 漢字 for it.")])
     coded = chat.dialogue(TALK)
-    assert coded.ids.tolist() == expected and coded.ids.dtype == np.int64 and coded.train.dtype == bool
+    assert coded.ids.tolist() == expected and coded.ids.dtype == np.int32 and coded.train.dtype == bool
     assert chat.prompt(TALK[:2]) == [tokenizer.bos, *tokenizer.encode(first)]
     assert chat.dialogue((Message("system", " "), *TALK[3:])).ids.tolist() == chat.dialogue(TALK[3:]).ids.tolist()
 
