@@ -1,0 +1,176 @@
+"""The planner against this engine on two CPU processes: relative step times of schedules, recomputation and layouts.
+
+    python tools/benchmark/planner.py
+
+The planner's machine is measured first, in the same run: the speed of a large matrix product, of memory, and of a
+collective between the two processes. Then each case trains the bench model for a few steps. Times are compared relative
+to 1F1B without recomputation: what counts is whether the planner would have chosen right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from train_step import BENCH, SEQUENCE, rows
+
+from megallama.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
+from megallama.data.batch import Batch
+from megallama.plan.cluster import Cluster
+from megallama.plan.job import job_of
+from megallama.plan.machine import Constants, Machine
+from megallama.plan.step import predict
+from megallama.runtime.launch import connect, disconnect, rendezvous, resolve
+from megallama.runtime.mesh import build_mesh
+from megallama.train.trainer import NextToken, build_trainer
+
+SAMPLES = 8
+CASES = {
+    "1f1b": ParallelConfig(pp=2),
+    "1f1b, selective": ParallelConfig(pp=2, recompute="selective"),
+    "1f1b, full": ParallelConfig(pp=2, recompute="full"),
+    "gpipe": ParallelConfig(pp=2, schedule="gpipe"),
+    "interleaved, 2 chunks": ParallelConfig(pp=2, vpp=2, schedule="interleaved"),
+    "interleaved, 4 chunks": ParallelConfig(pp=2, vpp=4, schedule="interleaved"),
+    "zero-bubble": ParallelConfig(pp=2, schedule="zero-bubble"),
+    "1f1b, 5 + 3 layers": ParallelConfig(pp=2, layers_per_stage=(5, 3)),
+    "tp 2": ParallelConfig(tp=2),
+    "dp 2": ParallelConfig(),
+    "dp 2, full": ParallelConfig(recompute="full"),
+}
+
+
+class Speeds(NamedTuple):
+    """Of one process with one thread while the other works too.
+
+    Attributes:
+        flops: of a large product, a second.
+        memory: bytes read and written by an addition, a second.
+        link: bytes a second of an all-gather.
+        latency: seconds of a tiny one.
+    """
+
+    flops: float
+    memory: float
+    link: float
+    latency: float
+
+
+def config_of(parallel: ParallelConfig) -> Config:
+    return Config(
+        model=BENCH,
+        parallel=parallel,
+        data=DataConfig(seq_length=SEQUENCE),
+        train=TrainConfig(steps=10_000, micro_batch_size=1, global_batch_size=SAMPLES, dtype="float32", compile=False),
+        optim=OptimConfig(warmup_steps=10),
+    )
+
+
+def measured(parallel: ParallelConfig, steps: int) -> float:
+    """Median seconds of a step on the two ranks."""
+    config = config_of(parallel)
+    config.validate(2)
+    mesh = build_mesh(parallel.tp, parallel.pp, BENCH.num_key_value_heads, False, torch.device("cpu"))
+    trainer, loss = build_trainer(config, mesh), NextToken(BENCH.vocab_size, mesh.tp)
+    own = rows(SAMPLES)[mesh.dp.rank :: mesh.dp.size]
+    micros = [Batch.pack([row], parallel.tp) for row in own]
+    return timed(lambda: trainer.step(micros, loss), steps)
+
+
+def timed(work: Callable[[], object], times: int) -> float:
+    """Median seconds, after one time that does not count."""
+    found = []
+    for turn in range(times + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        if turn:
+            found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def speeds() -> Speeds:
+    """What the planner must know of this machine."""
+    a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
+    big, out = torch.randn(1 << 24), torch.empty(1 << 24)
+    half, whole = torch.randn(1 << 20), torch.empty(1 << 21)
+    tiny, tiny_whole = torch.randn(2), torch.empty(4)
+    flops = 2 * 512 * 2048 * 2048 / timed(lambda: a @ b, 9)
+    memory = 12 * big.numel() / timed(lambda: torch.add(big, big, out=out), 9)
+    gathered = timed(lambda: dist.all_gather_into_tensor(whole, half), 9)
+    latency = timed(lambda: dist.all_gather_into_tensor(tiny_whole, tiny), 9)
+    return Speeds(flops, memory, whole.numel() * 4 / 2 / max(1e-9, gathered - latency), latency)
+
+
+def machine_of(found: Speeds) -> Machine:
+    """The planner's picture of two such processes."""
+    gb = 1e9
+    cluster = Cluster(
+        "two CPU processes", "one thread", found.flops / 1e12, 1e3, found.memory / gb, 1, 2, found.link / gb,
+        found.link / gb, 1, 1,
+    )  # fmt: skip
+    return Machine(cluster, Constants(1, 1, 1, 1, 2 * found.latency, 0, 0, 0))
+
+
+def worker(result: str, steps: int) -> None:
+    """One of the two ranks."""
+    world = resolve(os.environ)
+    connect(world, rendezvous(world))
+    torch.set_num_threads(1)
+    found = speeds()
+    seconds = {name: measured(parallel, steps) for name, parallel in CASES.items()}
+    if world.rank == 0:
+        Path(result).write_text(json.dumps({"speeds": found, "seconds": seconds}))
+    disconnect()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each case [%(default)s]")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker, arguments.steps)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+        command += ["--worker", str(result), "--steps", str(arguments.steps)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        told = json.loads(result.read_text())
+    show(Speeds(*told["speeds"]), told["seconds"])
+
+
+def show(found: Speeds, seconds: dict[str, float]) -> None:
+    """Print measured and predicted times relative to the first case."""
+    machine = machine_of(found)
+    predicted = {name: predict(job_of(config_of(parallel), 2), machine).seconds for name, parallel in CASES.items()}
+    first = next(iter(CASES))
+    table = Table("case", "seconds", "relative", "predicted", "error")
+    errors = []
+    for name in CASES:
+        real, told = seconds[name] / seconds[first], predicted[name] / predicted[first]
+        errors.append(abs(told / real - 1))
+        table.add_row(name, f"{seconds[name]:.2f}", f"{real:.3f}", f"{told:.3f}", f"{told / real - 1:+.1%}")
+    Console().print(
+        f"{found.flops / 1e9:.0f} GFLOP/s, {found.memory / 1e9:.1f} GB/s of memory and {found.link / 1e9:.2f} GB/s "
+        f"between the processes, {found.latency * 1e3:.2f} ms of latency; predicted 1f1b: {predicted[first]:.2f} s"
+    )
+    Console().print(table, f"mean error of the relative times: {statistics.mean(errors[1:]):.1%}")
+
+
+if __name__ == "__main__":
+    main()
