@@ -20,8 +20,9 @@ if [ -n "${REDUCED:-}" ]; then
     sizes=(--demonstrations 1500 --pairs 800 --safety-pairs 400 --test-pairs 60 --prompts 256 --valid-prompts 96)
     pretrain_steps=300 sft_epochs=3 control_epochs=1 versions="1 4" samples=2 iterations=6
 else
-    sizes=() # the tool's own
-    pretrain_steps=800 sft_epochs=4 control_epochs=2 versions="1 2 3 4" samples=3 iterations=25
+    # Few demonstrations, often: to the end of what they teach, or the control would go on learning from them.
+    sizes=(--demonstrations 1500)
+    pretrain_steps=800 sft_epochs=10 control_epochs=5 versions="1 2 3 4" samples=3 iterations=25
 fi
 corpus=$out/corpus
 started=$SECONDS
@@ -60,7 +61,7 @@ stage "$both" pretrain "pretrain" pretrain --config $here/pretrain.yaml --data.s
     --train.steps $pretrain_steps
 stage "$both" sft "fine-tune on demonstrations" sft --checkpoint.load "weights:$out/pretrain" \
     --sft.sources "[{path: $corpus/sft.jsonl}]" --sft.epochs $sft_epochs --optim.lr 2e-3 --optim.warmup_steps 20 \
-    --optim.min_lr_ratio 0 # to the end of what demonstrations teach: the control must have nothing left to learn of them
+    --optim.min_lr_ratio 0
 
 # Two answers a prompt, from the model at two temperatures, compared by the rules: what annotators do for a real model.
 compare() { # compare MODEL NAME
