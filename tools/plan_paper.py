@@ -20,11 +20,12 @@ from rich.table import Table
 
 from megallama.config import load
 from megallama.files import write_whole
-from megallama.plan.advice import layout_text, tflops, wide_console
+from megallama.plan.advice import layout_text, wide_console
 from megallama.plan.cluster import Cluster, load_cluster
 from megallama.plan.machine import Machine, fitted
 from megallama.plan.outlook import PAPER
 from megallama.plan.search import Choice, search
+from megallama.plan.work import tflops
 from megallama.runtime.progress import items_progress
 
 TOKENS, BATCH = 2e12, 1024

@@ -11,7 +11,7 @@ from megallama.plan.job import Job
 from megallama.plan.machine import Machine
 from megallama.plan.search import GIB, Choice, Found
 from megallama.plan.step import Prediction
-from megallama.plan.work import model_flops
+from megallama.plan.work import tflops
 
 PARTS = {
     "compute": "compute",
@@ -36,11 +36,6 @@ def layout_text(job: Job) -> str:
     chunks = f", {layout.vpp} chunks" if layout.vpp > 1 else ""
     ranks = f"tp {layout.tp} x pp {layout.pp} x dp {layout.dp}"
     return f"{ranks}{chunks}, micro-batch {layout.micro_batch}, {layout.schedule}, recompute {layout.recompute}"
-
-
-def tflops(job: Job, seconds: float) -> float:
-    """Model TFLOP/s of a GPU."""
-    return model_flops(job) / seconds / job.layout.ranks / 1e12
 
 
 def as_record(choice: Choice, machine: Machine) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Sources of the figures: the vendors' data sheets; for the two clusters of the Ll
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,6 @@ def _cluster(found: dict[str, Any], path: Path) -> Cluster:
         free = name in ("price", "carbon")
         if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
             raise ValueError(f"{path}: {name}={value!r} must be {'text' if wanted is str else 'a number'}")
-        if not isinstance(value, str) and (value < 0 or (value == 0 and not free)):
-            raise ValueError(f"{path}: {name}={value} must be {'0 or more' if free else 'more than 0'}")
+        if not isinstance(value, str) and not (0 < value < math.inf or (value == 0 and free)):
+            raise ValueError(f"{path}: {name}={value} must be {'0 or more' if free else 'more than 0'}, and finite")
     return Cluster(**found)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from megallama import options, presets
 from megallama.config import Config, load
 from megallama.files import make_folder
+from megallama.pipeline import Event
 from megallama.plan import pictures
 from megallama.plan.advice import as_record, as_table, explain, layout_text, wide_console
 from megallama.plan.cluster import CLUSTERS, Cluster, load_cluster
@@ -19,7 +21,7 @@ from megallama.plan.machine import Machine, fitted
 from megallama.plan.memory import memory_over_time
 from megallama.plan.outlook import Outlook, Reliability, outlook_of, sentences, with_rates
 from megallama.plan.search import Choice, search
-from megallama.plan.step import actions_of, events_of, program_of, tail
+from megallama.plan.step import Actions, actions_of, events_of, program_of, tail
 from megallama.plan.table import estimate
 
 EXAMPLES = """examples:
@@ -60,23 +62,12 @@ def parser() -> argparse.ArgumentParser:
     rates.add_argument("--price", type=float, help="of a GPU-hour")
     usual = Reliability()
     failures = p.add_argument_group("failures")
-    failures.add_argument(
-        "--mtbf", type=float, default=usual.gpu_mtbf_hours, metavar="H", help="GPU-hours between two [%(default).0f]"
-    )
-    failures.add_argument(
-        "--save",
-        type=float,
-        default=usual.save_seconds,
-        metavar="S",
-        help="that a save holds training up [%(default)g]",
-    )
-    failures.add_argument(
-        "--restart",
-        type=float,
-        default=usual.restart_seconds,
-        metavar="S",
-        help="from a failure to the next step [%(default)g]",
-    )
+    for name, default, text in (
+        ("--mtbf", usual.gpu_mtbf_hours, "GPU-hours between two"),
+        ("--save", usual.save_seconds, "seconds that a save holds training up"),
+        ("--restart", usual.restart_seconds, "seconds from a failure to the next step"),
+    ):
+        failures.add_argument(name, type=float, default=default, metavar="N", help=f"{text} [{default:.0f}]")
     return p
 
 
@@ -138,10 +129,13 @@ def _estimate(asked: argparse.Namespace, rest: Sequence[str]) -> int:
 def _outlook(best: Choice, cluster: Cluster, tokens: float | None) -> Outlook | None:
     """Of the whole run, where its length is known."""
     step_tokens = best.job.global_batch * best.job.seq_length
-    total = round(tokens) if tokens is not None else best.config.train.steps * step_tokens
-    if tokens is None and not total:
-        return None
-    return outlook_of(total, best.prediction.seconds, step_tokens, best.job.layout.ranks, cluster)
+    if tokens is None:
+        tokens = best.config.train.steps * step_tokens
+        if not tokens:
+            return None
+    if not 1 <= tokens < math.inf:
+        raise ValueError(f"--tokens {tokens:g} must be a number of at least 1, such as 2e12")
+    return outlook_of(round(tokens), best.prediction.seconds, step_tokens, best.job.layout.ranks, cluster)
 
 
 def draw(best: Choice, machine: Machine, folder: Path) -> list[Path]:
@@ -152,17 +146,15 @@ def draw(best: Choice, machine: Machine, folder: Path) -> list[Path]:
     actions, layout = actions_of(job, machine), job.layout
     events = events_of(job, actions)
     program = program_of(layout.schedule, layout.pp, job.micros, layout.vpp)
-    pictures.timeline(program, events, timeline, schedule=layout.schedule, hop=actions.hop, after=_bars(job, machine))
-    limit = machine.cluster.memory_gib
-    pictures.memory(memory_over_time(job, events), limit, memory)
+    after = _bars(job, machine, actions, events)
+    pictures.timeline(program, events, timeline, schedule=layout.schedule, hop=actions.hop, after=after)
+    pictures.memory(memory_over_time(job, events), machine.cluster.memory_gib, memory)
     pictures.scaling(_scaling(best.config, job.layout.ranks, machine), scaling)
     return [timeline, memory, scaling]
 
 
-def _bars(job: Job, machine: Machine) -> list[pictures.Bar]:
+def _bars(job: Job, machine: Machine, actions: Actions, events: Sequence[Event]) -> list[pictures.Bar]:
     """What follows the pipeline on each rank."""
-    actions = actions_of(job, machine)
-    events = events_of(job, actions)
     bars = []
     for rank in range(job.layout.pp):
         end = max(event.end for event in events if event.rank == rank)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from megallama.config import Config, dump
 from megallama.files import make_folder, write_whole
 from megallama.plan.cluster import Cluster
-from megallama.plan.machine import required_nodes
 
 CONFIG, SCRIPT = "train.yaml", "train.sbatch"
 
@@ -30,7 +30,7 @@ set -euo pipefail
 export NCCL_IB_TIMEOUT=${{NCCL_IB_TIMEOUT:-22}}
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-8}}
 srun --kill-on-bad-exit=1 --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" \\
-    python -u -m megallama pretrain --config {folder}/{config} "$@"
+    python -u -m megallama pretrain --config {settings} "$@"
 """
 
 
@@ -59,8 +59,8 @@ def emit(config: Config, gpus: int, cluster: Cluster, folder: Path, title: str) 
         title=title,
         folder=folder,
         script=SCRIPT,
-        config=CONFIG,
-        nodes=required_nodes(gpus, cluster),
+        settings=shlex.quote(str(settings)),
+        nodes=gpus // per_node,
         per_node=per_node,
     )
     write_whole(script, text)

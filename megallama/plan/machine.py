@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,11 +53,10 @@ def fitted() -> Constants:
 
 
 class Group(NamedTuple):
-    """Ranks of a collective: how many, how many of them in one node, and how many such groups share that node."""
+    """Ranks of a collective: how many, and how many of them in one node."""
 
     size: int
     in_node: int
-    sharing: int
 
 
 @dataclass(frozen=True)
@@ -91,15 +89,15 @@ class Machine:
         """Bytes a second of kernels that only move memory."""
         return self.cluster.memory_gbps * 1e9 * self.constants.memory
 
-    def matmul(self, m: int, n: int, k: int, width: int = 2) -> float:
-        """An (m, k) times (k, n) product: whole waves of tiles over the processors, or its memory if that is longer."""
+    def matmul(self, m: int, n: int, k: int) -> float:
+        """An (m, k) times (k, n) product of bfloat16: whole waves of tiles, or its memory if that takes longer."""
         processors = self.cluster.processors
 
         def waves(rows: int, columns: int) -> int:
             return -(-(-(-m // rows) * -(-n // columns)) // processors)
 
         work = min(waves(r, c) * r * c for r, c in TILES) * processors * 2 * (k + RAMP)
-        return max(work / self.flops, width * (m * k + k * n + m * n) / self.bandwidth)
+        return max(work / self.flops, 2 * (m * k + k * n + m * n) / self.bandwidth)
 
     def launched(self, work: float, kernels: float = 1.0) -> float:
         """`work` seconds of the GPU in `kernels` times as many kernels as a block's forward has. The host launches them
@@ -112,9 +110,7 @@ class Machine:
 
     def group(self, size: int, stride: int) -> Group:
         """`size` ranks that stand `stride` apart."""
-        node = self.cluster.gpus_per_node
-        in_node = min(size, max(1, node // stride))
-        return Group(size, in_node, min(stride, node))
+        return Group(size, min(size, max(1, self.cluster.gpus_per_node // stride)))
 
     def gathered(self, size: float, group: Group) -> float:
         """An all-gather to, or a reduce-scatter of, `size` bytes on each rank; an all-reduce is both."""
@@ -135,8 +131,3 @@ class Machine:
         """`size` bytes from one GPU to another."""
         link = self.cluster.link_gbps * 1e9 * self.constants.link
         return size / (link if within_node else self.fabric) + self.constants.latency
-
-
-def required_nodes(ranks: int, cluster: Cluster) -> int:
-    """Nodes that hold the ranks."""
-    return math.ceil(ranks / cluster.gpus_per_node)

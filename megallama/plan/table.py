@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from megallama.plan.job import MEGALLAMA, MEGATRON_2021, Job, Layout, Shape
 from megallama.plan.machine import Machine, fitted
 from megallama.plan.memory import job_memory
 from megallama.plan.step import predict
-from megallama.plan.work import model_flops
+from megallama.plan.work import tflops
 
 NUMBERS = (
     "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "gated_mlp",
@@ -110,14 +110,12 @@ def _number(row: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def predicted(asked: Asked, machine_of: Callable[[Cluster], Machine] | None = None) -> dict[str, float]:
+def predicted(asked: Asked) -> dict[str, float]:
     """The columns that `estimate` adds to a row."""
     job, cluster = asked.job, asked.cluster
-    machine = machine_of(cluster) if machine_of else Machine(cluster, fitted())
-    seconds = predict(job, machine).seconds
-    tflops = model_flops(job) / seconds / job.layout.ranks / 1e12
-    memory = max(part.total for part in job_memory(job)) / GIB
-    return dict(zip(PREDICTED, (seconds, tflops, memory, tflops / cluster.peak_tflops), strict=True))
+    seconds = predict(job, Machine(cluster, fitted())).seconds
+    speed, memory = tflops(job, seconds), max(part.total for part in job_memory(job)) / GIB
+    return dict(zip(PREDICTED, (seconds, speed, memory, speed / cluster.peak_tflops), strict=True))
 
 
 def estimate(source: str | Path, target: str | Path) -> int:

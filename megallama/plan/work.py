@@ -128,6 +128,11 @@ def stage_parameters(job: Job, stage: int) -> int:
     return count
 
 
+def tflops(job: Job, seconds: float) -> float:
+    """Model TFLOP/s of a GPU in steps of so many seconds."""
+    return model_flops(job) / seconds / job.layout.ranks / 1e12
+
+
 def model_flops(job: Job) -> int:
     """Of a whole step, by the conventions of `cost`: three forwards, attention in full, no recomputation."""
     s = job.shape

@@ -42,7 +42,7 @@ def sft_task(config: Config, mesh: Mesh) -> tuple[Config, Task]:
 
     valid = None
     if held := [record for records in sources.valid.values() for record in records]:
-        encoded = [dialogue for dialogue, _ in encode(form, held, data.seq_length)]
+        encoded = [dialogue for dialogue, _ in tokenised(held, lambda part: encode(form, part, data.seq_length), mesh)]
         valid = loader(encoded, pack([len(dialogue.ids) for dialogue in encoded], data.seq_length))
     tokens = sum(len(dialogues[n].ids) for sequence in sequences for n in sequence)
     notes = [

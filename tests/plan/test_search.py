@@ -54,7 +54,7 @@ def test_nothing_valid_and_nothing_that_fits_are_told():
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
-    folder = tmp_path / "plan"
+    folder = tmp_path / "a plan"
     assert main(["plan", *SEVEN, "--gpus", "16", "--top", "3", "--explain", "--tokens", "2e12", "--emit", str(folder),
                  "--pictures", str(folder)]) == 0  # fmt: skip
     told = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
     config.validate(16)
     assert config.output_dir == str(folder / "run") and config.train.global_batch_size == 64
     script = (folder / "train.sbatch").read_text()
-    assert "#SBATCH --nodes=2\n" in script and f"--config {folder}/train.yaml" in script
+    assert "#SBATCH --nodes=2\n" in script and f"--config '{folder}/train.yaml'" in script
     assert subprocess.run(["bash", "-n", str(folder / "train.sbatch")]).returncode == 0
     title = yaml.safe_load((folder / "train.yaml").read_text())
     assert title["model"]["preset"] == "llama2-7b"
@@ -89,6 +89,8 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture):
         (["--out", "x.csv"], "--estimate CSV and --out CSV go together"),
         (["--modle.preset", "x"], "unknown key modle.preset; did you mean model.preset"),
         (["--pue", "0.5"], "pue=0.5 must be at least 1"),
+        (["--tokens", "nan"], "--tokens nan must be a number of at least 1"),
+        (["--tokens", "inf"], "--tokens inf must be a number of at least 1"),
     ],
 )
 def test_bad_options_are_named(arguments: list[str], problem: str, capsys: pytest.CaptureFixture):

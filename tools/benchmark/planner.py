@@ -3,8 +3,9 @@
     python tools/benchmark/planner.py
 
 The planner's machine is measured first, in the same run: the speed of a large matrix product, of memory, and of a
-collective between the two processes. Then each case trains the bench model for a few steps. Times are compared relative
-to 1F1B without recomputation: what counts is whether the planner would have chosen right.
+collective between the two processes. Then all cases train the bench model and take turns, step by step, so that a
+machine that slows down slows all of them (about 12 GiB of memory). Medians are compared, relative to 1F1B without
+recomputation: what counts is whether the planner would have chosen right.
 """
 
 from __future__ import annotations
@@ -16,19 +17,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from train_step import BENCH, SEQUENCE, rows
+from train_step import BENCH, SEQUENCE, Step, medians, rows
 
 from megallama.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from megallama.data.batch import Batch
+from megallama.parallel.collectives import all_gather
 from megallama.plan.cluster import Cluster
 from megallama.plan.job import job_of
 from megallama.plan.machine import Constants, Machine
@@ -79,40 +78,38 @@ def config_of(parallel: ParallelConfig) -> Config:
     )
 
 
-def measured(parallel: ParallelConfig, steps: int) -> float:
-    """Median seconds of a step on the two ranks."""
+def trained(parallel: ParallelConfig) -> Step:
+    """A step on the two ranks."""
     config = config_of(parallel)
     config.validate(2)
     mesh = build_mesh(parallel.tp, parallel.pp, BENCH.num_key_value_heads, False, torch.device("cpu"))
     trainer, loss = build_trainer(config, mesh), NextToken(BENCH.vocab_size, mesh.tp)
     own = rows(SAMPLES)[mesh.dp.rank :: mesh.dp.size]
     micros = [Batch.pack([row], parallel.tp) for row in own]
-    return timed(lambda: trainer.step(micros, loss), steps)
-
-
-def timed(work: Callable[[], object], times: int) -> float:
-    """Median seconds, after one time that does not count."""
-    found = []
-    for turn in range(times + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        work()
-        if turn:
-            found.append(time.perf_counter() - start)
-    return statistics.median(found)
+    return lambda: trainer.step(micros, loss)
 
 
 def speeds() -> Speeds:
     """What the planner must know of this machine."""
+    both = build_mesh(2, 1, BENCH.num_key_value_heads, False, torch.device("cpu")).tp
     a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
     big, out = torch.randn(1 << 24), torch.empty(1 << 24)
-    half, whole = torch.randn(1 << 20), torch.empty(1 << 21)
-    tiny, tiny_whole = torch.randn(2), torch.empty(4)
-    flops = 2 * 512 * 2048 * 2048 / timed(lambda: a @ b, 9)
-    memory = 12 * big.numel() / timed(lambda: torch.add(big, big, out=out), 9)
-    gathered = timed(lambda: dist.all_gather_into_tensor(whole, half), 9)
-    latency = timed(lambda: dist.all_gather_into_tensor(tiny_whole, tiny), 9)
-    return Speeds(flops, memory, whole.numel() * 4 / 2 / max(1e-9, gathered - latency), latency)
+    half, tiny = torch.randn(1 << 20), torch.randn(2)
+    contestants: dict[str, Step] = {
+        "product": lambda: a @ b,
+        "addition": lambda: torch.add(big, big, out=out),
+        "gather": lambda: all_gather(half, both),
+        "tiny gather": lambda: all_gather(tiny, both),
+    }
+    seconds = medians(contestants, rounds=9, warmup=1)
+    latency = seconds["tiny gather"]
+    moved = half.numel() * 4  # what each sends, and gets of the other
+    return Speeds(
+        2 * 512 * 2048 * 2048 / seconds["product"],
+        12 * big.numel() / seconds["addition"],
+        moved / max(1e-9, seconds["gather"] - latency),
+        latency,
+    )
 
 
 def machine_of(found: Speeds) -> Machine:
@@ -131,7 +128,7 @@ def worker(result: str, steps: int) -> None:
     connect(world, rendezvous(world))
     torch.set_num_threads(1)
     found = speeds()
-    seconds = {name: measured(parallel, steps) for name, parallel in CASES.items()}
+    seconds = medians({name: trained(parallel) for name, parallel in CASES.items()}, steps, warmup=1)
     if world.rank == 0:
         Path(result).write_text(json.dumps({"speeds": found, "seconds": seconds}))
     disconnect()
