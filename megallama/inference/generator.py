@@ -90,7 +90,7 @@ class Generator:
         try:
             with watch("answers", len(waiting)) as report:
                 self._answer(waiting, found, on_token, report)
-        except NotFinite as error:  # the other replicas must learn of it, and they are on their own until the end
+        except Stuck as error:  # the other replicas must learn of it, and they are on their own until the end
             fault = str(error)
         parts = everyones((found, fault), self.trainer.mesh.dp)
         if faults := [fault for _, fault in parts if fault]:
@@ -120,7 +120,7 @@ class Generator:
                 ids, log_probs = result.tolist()
                 for row, finish in lane.take([int(token) for token in ids], log_probs):
                     if not math.isfinite(row.log_probs[-1]):
-                        raise NotFinite(
+                        raise Stuck(
                             f"request {row.number}: the logits of token {len(row.ids) - 1} of the answer are not "
                             f"finite; the model's weights are damaged or its training has diverged"
                         )
@@ -154,15 +154,15 @@ class Generator:
             if axis.size > 1:
                 dist.all_reduce(most, dist.ReduceOp.MIN, group=axis.group)
         if rows and not int(most):
-            raise ValueError(
+            raise Stuck(
                 f"keys and values of one sequence of {length} tokens need {size / 2**30:.2f} GiB, but the device has "
                 f"{free / 2**30:.2f} GiB left; raise generate.tp, or ask for fewer new tokens"
             )
         return min(rows, int(most))
 
 
-class NotFinite(ValueError):
-    """Logits that no token can be drawn from."""
+class Stuck(ValueError):
+    """A replica cannot go on: logits that no token can be drawn from, or no memory. The others must learn of it."""
 
 
 def _check(number: int, request: Request, longest: int, vocab: int) -> None:
