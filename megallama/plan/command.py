@@ -23,6 +23,7 @@ from megallama.plan.outlook import Outlook, Reliability, outlook_of, sentences, 
 from megallama.plan.search import Choice, search
 from megallama.plan.step import Actions, actions_of, events_of, program_of, tail
 from megallama.plan.table import estimate
+from megallama.plan.timeline import Bar, Timeline
 
 EXAMPLES = """examples:
   megallama plan --model.preset llama2-70b --cluster rsc --gpus 2048 --train.global_batch_size 1024 --explain
@@ -143,24 +144,30 @@ def draw(best: Choice, machine: Machine, folder: Path) -> list[Path]:
     make_folder(folder)
     job = best.job
     timeline, memory, scaling = (folder / f"{name}.png" for name in ("timeline", "memory", "scaling"))
-    actions, layout = actions_of(job, machine), job.layout
-    events = events_of(job, actions)
-    program = program_of(layout.schedule, layout.pp, job.micros, layout.vpp)
-    after = _bars(job, machine, actions, events)
-    pictures.timeline(program, events, timeline, schedule=layout.schedule, hop=actions.hop, after=after)
-    pictures.memory(memory_over_time(job, events), machine.cluster.memory_gib, memory)
+    step = timeline_of(job, machine)
+    pictures.timeline(step, timeline)
+    pictures.memory(memory_over_time(job, step.events), machine.cluster.memory_gib, memory)
     pictures.scaling(_scaling(best.config, job.layout.ranks, machine), scaling)
     return [timeline, memory, scaling]
 
 
-def _bars(job: Job, machine: Machine, actions: Actions, events: Sequence[Event]) -> list[pictures.Bar]:
+def timeline_of(job: Job, machine: Machine) -> Timeline:
+    """The whole step of a job, as its picture shows it."""
+    actions, layout = actions_of(job, machine), job.layout
+    events = events_of(job, actions)
+    program = program_of(layout.schedule, layout.pp, job.micros, layout.vpp)
+    after = _bars(job, machine, actions, events)
+    return Timeline(layout.schedule, program, events, actions.hop, after, actions.recomputed)
+
+
+def _bars(job: Job, machine: Machine, actions: Actions, events: Sequence[Event]) -> list[Bar]:
     """What follows the pipeline on each rank."""
     bars = []
     for rank in range(job.layout.pp):
         end = max(event.end for event in events if event.rank == rank)
         for label, seconds in zip(("replicas", "optimizer"), tail(job, machine, rank, actions), strict=True):
             if seconds:
-                bars.append(pictures.Bar(rank, label, end, end + seconds))
+                bars.append(Bar(rank, label, end, end + seconds))
                 end += seconds
     return bars
 

@@ -14,7 +14,7 @@ CONFIG, SCRIPT = "train.yaml", "train.sbatch"
 
 TEMPLATE = """#!/usr/bin/env bash
 # {title}
-# From the repository's root, with its environment activated: sbatch {folder}/{script}
+# From the repository's root, with its environment activated: sbatch {script}
 # Submitted again it goes on from the newest valid checkpoint; what follows the script's name is handed to the run.
 #SBATCH --job-name=megallama
 #SBATCH --nodes={nodes}
@@ -24,7 +24,7 @@ TEMPLATE = """#!/usr/bin/env bash
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@120
-#SBATCH --output={folder}/slurm-%j.log
+#SBATCH --output={log}
 #SBATCH --open-mode=append
 set -euo pipefail
 export NCCL_IB_TIMEOUT=${{NCCL_IB_TIMEOUT:-22}}
@@ -57,8 +57,8 @@ def emit(config: Config, gpus: int, cluster: Cluster, folder: Path, title: str) 
     write_whole(settings, f"# {title}\n{dump(config)}")
     text = TEMPLATE.format(
         title=title,
-        folder=folder,
-        script=SCRIPT,
+        script=shlex.quote(str(script)),
+        log=shlex.quote(str(folder / "slurm-%j.log")),
         settings=shlex.quote(str(settings)),
         nodes=gpus // per_node,
         per_node=per_node,

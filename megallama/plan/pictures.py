@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megallama.files import whole
-from megallama.pipeline.program import Event, Program
 from megallama.plan.report import GIB
-from megallama.plan.timeline import INK, Bar, Timeline, time_unit, timeline_figure
+from megallama.plan.timeline import INK, Timeline, time_unit, timeline_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,24 +35,13 @@ class ScalingPoint(NamedTuple):
     layout: str
 
 
-def timeline(
-    program: Program,
-    events: list[Event],
-    path: Path,
-    *,
-    schedule: str,
-    hop: float = 0.0,
-    after: Sequence[Bar] = (),
-    recompute: Sequence[float] = (),
-) -> None:
+def timeline(step: Timeline, path: Path) -> None:
     """One row a pipeline rank: what it computes, when it idles, what it sends, and what follows the pipeline.
-
-    `Timeline` describes the arguments.
 
     Raises:
         ValueError: there are no events, or not as many times of recomputation as stages.
     """
-    _save(timeline_figure(Timeline(schedule, program, events, hop, after, recompute)), path)
+    _save(timeline_figure(step), path)
 
 
 def memory(series: Sequence[Sequence[tuple[float, float]]], limit_gib: float, path: Path) -> None:

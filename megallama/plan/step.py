@@ -41,13 +41,14 @@ class Prediction(NamedTuple):
 
 
 class Actions(NamedTuple):
-    """Seconds of each action of a stage, and of the hop behind it."""
+    """Seconds of each stage's actions for a micro-batch, of the parts that recompute and communicate, and of a hop."""
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     weights: tuple[float, ...]
-    hop: float
+    recomputed: tuple[float, ...]
     collectives: tuple[float, ...]
+    hop: float
 
 
 def predict(job: Job, machine: Machine) -> Prediction:
@@ -81,8 +82,8 @@ def actions_of(job: Job, machine: Machine) -> Actions:
         forward.append(there + blocking)
         backward.append(back + blocking + (0.0 if split else matrices))
         weights.append(matrices if split else 0.0)
-    collectives = tuple(n * block.collectives for n in layers)
-    return Actions(tuple(forward), tuple(backward), tuple(weights), hop, collectives)
+    recomputed, collectives = (tuple(n * part for n in layers) for part in (block.recomputed, block.collectives))
+    return Actions(tuple(forward), tuple(backward), tuple(weights), recomputed, collectives, hop)
 
 
 def busy_seconds(job: Job, actions: Actions) -> list[float]:

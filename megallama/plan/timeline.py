@@ -198,7 +198,7 @@ def _draw_compute(axes: Axes, step: Timeline, points: float) -> None:
     line = min(0.7, points * min((e.end - e.start for e in seen if e.end > e.start), default=1.0) / 12)
     faces = [shade(e.action.kind, e.action.stage // step.ranks, step.chunks) for e in seen]
     _boxes(axes, "compute", [event[1:] for event in seen], Look(PALE, PALE, line=line)).set_facecolor(faces)
-    if step.recompute:
+    if any(step.recompute):
         backwards = [event for event in seen if event.action.kind == "B"]
         again = [(e.rank, e.start, e.start + step.recompute[e.action.stage]) for e in backwards]
         _boxes(axes, "recompute", again, Look("none", PALE, RECOMPUTE, line))

@@ -24,12 +24,14 @@ class BlockSeconds(NamedTuple):
         forward: all of it; it may wait for the host.
         inputs: backward to the block's input, recomputation included.
         weights: backward to its weights.
-        collectives: the part of the tensor-parallel ranks' communication in all three.
+        recomputed: the part of `inputs` that repeats the forward.
+        collectives: the part of the tensor-parallel ranks' communication in forward, inputs and weights.
     """
 
     forward: float
     inputs: float
     weights: float
+    recomputed: float
     collectives: float
 
 
@@ -46,7 +48,7 @@ def block_seconds(job: Job, machine: Machine) -> BlockSeconds:
     back = machine.launched(inputs + weights + core_back + 1.5 * moved + exchange, BACKWARD_KERNELS)
     again = {"none": 0.0, "selective": core, "full": there}[job.layout.recompute]
     collectives = (3 if job.layout.recompute == "full" else 2) * exchange
-    return BlockSeconds(there, back - weights + again, weights, collectives)
+    return BlockSeconds(there, back - weights + again, weights, again, collectives)
 
 
 def _matrices(job: Job) -> list[tuple[int, int, int]]:

@@ -283,7 +283,7 @@ def test_pictures_are_png_files_that_appear_whole(tmp_path: Path) -> None:
     paths[1].write_text("an older picture")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.hardlink_to(paths[1])
-    timeline(*planned(schedule, *sizes), paths[0], schedule=schedule, hop=HOP)
+    timeline(Timeline(schedule, *planned(schedule, *sizes), HOP), paths[0])
     memory(SERIES, 80, paths[1])
     scaling(DOUBLING, paths[2])
     assert sorted(tmp_path.iterdir()) == sorted([elsewhere, *paths]), "nothing else is left"

@@ -14,11 +14,13 @@ from megallama.cli import main
 from megallama.config import load
 from megallama.plan.advice import explain
 from megallama.plan.cluster import load_cluster
+from megallama.plan.command import timeline_of
 from megallama.plan.job import job_of
 from megallama.plan.machine import Machine, fitted
 from megallama.plan.memory import job_memory
 from megallama.plan.search import GIB, RESERVE, candidates, search
 from megallama.plan.step import predict
+from megallama.plan.work import block_seconds
 
 RSC = load_cluster("rsc")
 MACHINE = Machine(RSC, fitted())
@@ -66,9 +68,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert config.output_dir == str(folder / "run") and config.train.global_batch_size == 64
     script = (folder / "train.sbatch").read_text()
     assert "#SBATCH --nodes=2\n" in script and f"--config '{folder}/train.yaml'" in script
+    assert f"#SBATCH --output='{folder}/slurm-%j.log'\n" in script and f": sbatch '{folder}/train.sbatch'\n" in script
     assert subprocess.run(["bash", "-n", str(folder / "train.sbatch")]).returncode == 0
     title = yaml.safe_load((folder / "train.yaml").read_text())
     assert title["model"]["preset"] == "llama2-7b"
+
+
+def test_the_timeline_shows_what_is_recomputed():
+    job = job_of(load([*SEVEN, "--parallel.recompute", "full", "--parallel.pp", "2"]), 4)
+    step, block = timeline_of(job, MACHINE), block_seconds(job, MACHINE)
+    assert step.recompute == (16 * block.forward, 16 * block.forward)
+    backward = next(event for event in step.events if event.action.kind == "B")
+    assert 0 < step.recompute[backward.action.stage] < backward.end - backward.start
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture):
