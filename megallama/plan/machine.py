@@ -116,11 +116,10 @@ class Machine:
         """An all-gather to, or a reduce-scatter of, `size` bytes on each rank; an all-reduce is both."""
         if group.size == 1:
             return 0.0
-        within = self.cluster.link_gbps * 1e9 * self.constants.link
-        speed = within
+        passed, speed = size, self.cluster.link_gbps * 1e9 * self.constants.link  # its own part is copied as slowly
         if group.size > group.in_node:  # all its GPUs in a node send; groups that stand side by side share the ports
-            speed = min(within, group.in_node * self.fabric)
-        return (group.size - 1) / group.size * size / speed + self.constants.latency * (group.size - 1) / 2
+            passed, speed = (group.size - 1) / group.size * size, min(speed, group.in_node * self.fabric)
+        return passed / speed + self.constants.latency * (group.size - 1) / 2
 
     @property
     def fabric(self) -> float:

@@ -44,10 +44,12 @@ def block_seconds(job: Job, machine: Machine) -> BlockSeconds:
     core, core_back = attention_seconds(job, machine)
     moved = machine.moved(elementwise_bytes(job))
     exchange = 2 * exchange_seconds(job, machine)
+    beside, later = regathered_seconds(job, machine)
+    weights += later
     there = machine.launched(forward + core + moved + exchange)
-    back = machine.launched(inputs + weights + core_back + 1.5 * moved + exchange, BACKWARD_KERNELS)
+    back = machine.launched(inputs + weights + core_back + 1.5 * moved + exchange + beside, BACKWARD_KERNELS)
     again = {"none": 0.0, "selective": core, "full": there}[job.layout.recompute]
-    collectives = (3 if job.layout.recompute == "full" else 2) * exchange
+    collectives = (3 if job.layout.recompute == "full" else 2) * exchange + beside + later
     return BlockSeconds(there, back - weights + again, weights, again, collectives)
 
 
@@ -95,6 +97,22 @@ def exchange_seconds(job: Job, machine: Machine) -> float:
     the all-reduce that is both."""
     size = job.tokens * job.shape.hidden * WIDTH[job.dtype]
     return 2 * machine.gathered(size, machine.group(job.layout.tp, 1))
+
+
+def regathered_seconds(job: Job, machine: Machine) -> tuple[float, float]:
+    """(what the gradient to the inputs does not hide, with the gradient to the weights) of a block's second gathers.
+
+    Only each rank's part of what the column-parallel layers multiply is kept for the backward. It is gathered again
+    while the gradient to it is computed, or, where weight gradients come later, right before they do.
+    """
+    layout = job.layout
+    if layout.tp == 1 or not layout.sequence_parallel:
+        return 0.0, 0.0
+    size = job.tokens * job.shape.hidden * WIDTH[job.dtype]
+    gather = machine.gathered(size, machine.group(layout.tp, 1))
+    if layout.schedule == "zero-bubble":
+        return 0.0, 2 * gather
+    return sum(max(0.0, gather - machine.matmul(m, k, n)) for m, n, k in _matrices(job)[::2]), 0.0
 
 
 def head_seconds(job: Job, machine: Machine) -> tuple[float, float, float]:

@@ -74,10 +74,10 @@ def test_less_power_slows_products_alone():
         _ = Machine(replace(RSC, watts=90), PERFECT).clock
 
 
-def test_a_ring_sends_its_share_and_the_fabric_is_shared_by_those_who_stand_side_by_side():
+def test_groups_within_a_node_copy_all_and_those_across_nodes_share_its_ports():
     machine = Machine(RSC, PERFECT)
     assert machine.gathered(1e9, machine.group(1, 1)) == 0
-    assert machine.gathered(1e9, machine.group(8, 1)) == pytest.approx(7 / 8 * 1e9 / 300e9)
+    assert machine.gathered(1e9, machine.group(8, 1)) == pytest.approx(1e9 / 300e9)
     assert machine.group(32, 8) == Group(32, 1) and machine.group(32, 1) == Group(32, 8)
     assert machine.gathered(1e9, machine.group(32, 8)) == pytest.approx(31 / 32 * 1e9 / 25e9)
     assert machine.gathered(1e9, machine.group(32, 2)) == pytest.approx(31 / 32 * 1e9 / 100e9)

@@ -13,7 +13,7 @@ from megallama.plan.cost import parameters, train_flops_per_token
 from megallama.plan.job import MEGATRON_2021, Job, Layout, Shape, job_of, shape_of
 from megallama.plan.machine import Constants, Machine, fitted
 from megallama.plan.step import actions_of, cost_of, pipeline_seconds, predict, program_of
-from megallama.plan.work import model_flops, stage_parameters
+from megallama.plan.work import model_flops, regathered_seconds, stage_parameters
 from megallama.presets import PRESETS
 
 RSC = load_cluster("rsc")
@@ -88,6 +88,17 @@ def test_the_stages_are_the_engines():
     config = replace(Config(), model=ModelConfig(**PRESETS["llama2-70b"]))
     config = replace(config, parallel=replace(config.parallel, pp=8, tp=8))
     assert sum(job_of(config, 64).layout.layers_per_stage) == 80
+
+
+def test_second_gathers_hide_behind_products_unless_weight_gradients_wait():
+    slow = Machine(replace(RSC, link_gbps=1.0), fitted())
+    gather = slow.gathered(4096 * 4096 * 2, slow.group(2, 1))
+    products = sum(slow.matmul(4096, 4096, n) for n in (6144, 11008))
+    assert regathered_seconds(job(), slow) == (pytest.approx(2 * gather - products), 0.0)
+    assert regathered_seconds(job(schedule="zero-bubble"), slow) == (0.0, 2 * gather)
+    for layout in ({"tp": 1}, {"sequence_parallel": False}):
+        assert regathered_seconds(job(**layout), slow) == (0.0, 0.0)
+    assert regathered_seconds(job(), MACHINE) == (0.0, 0.0), "NVLink is faster than the products"
 
 
 def test_hops_hold_up_an_engine_that_waits_for_them():

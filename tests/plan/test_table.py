@@ -47,6 +47,15 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
     return path
 
 
+def test_larger_models_that_nothing_was_fitted_to_are_predicted(tmp_path: Path):
+    target = tmp_path / "predicted.csv"
+    assert estimate(MEASURED.with_name("larger_a100.csv"), target) == 6
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    off = [float(row["predicted_step_seconds"]) / float(row["step_seconds"]) - 1 for row in rows]
+    assert {row["model"] for row in rows} == {"175B", "530B", "1T"} and max(map(abs, off)) < 0.08
+
+
 def test_the_calibration_file_is_predicted_row_by_row(tmp_path: Path):
     target = tmp_path / "predicted.csv"
     assert estimate(MEASURED, target) == 767
@@ -54,7 +63,7 @@ def test_the_calibration_file_is_predicted_row_by_row(tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 767 and set(PREDICTED) <= set(rows[0]) and rows[0]["model"] == "1.7B"
     off = [float(row["predicted_step_seconds"]) / float(row["step_seconds"]) - 1 for row in rows]
-    assert sum(map(abs, off)) / len(off) < 0.12
+    assert sum(map(abs, off)) / len(off) < 0.1
     first = rows[0]  # 1.7B: the paper's 137 TFLOP/s count recomputation, these do not
     assert float(first["predicted_mfu"]) == pytest.approx(float(first["predicted_tflops_per_gpu"]) / 312, rel=1e-4)
     assert 90 < float(first["predicted_tflops_per_gpu"]) < 137 and 20 < float(first["predicted_memory_gib"]) < 80

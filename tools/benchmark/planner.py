@@ -2,10 +2,10 @@
 
     python tools/benchmark/planner.py
 
-The planner's machine is measured first, in the same run: the speed of a large matrix product, of memory, and of a
-collective between the two processes. Then all cases train the bench model and take turns, step by step, so that a
-machine that slows down slows all of them (about 12 GiB of memory). Medians are compared, relative to 1F1B without
-recomputation: what counts is whether the planner would have chosen right.
+All cases train the bench model and take turns, step by step, and so do the probes of the planner's machine: the speed
+of a large matrix product, of memory, and of a collective between the two processes. A machine that slows down slows all
+of them (about 12 GiB of memory). Medians are compared, relative to 1F1B without recomputation: what counts is whether
+the planner would have chosen right.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ from megallama.runtime.mesh import build_mesh
 from megallama.train.trainer import NextToken, build_trainer
 
 SAMPLES = 8
+PROBES = ("product", "addition", "gather", "tiny gather")
+REPEATS = 5
+MOVED, GATHERED = 12 << 24, 1 << 20
+"""Bytes that an addition reads and writes, and that each rank has after a gather; as many as a block's input has."""
 CASES = {
     "1f1b": ParallelConfig(pp=2),
     "1f1b, selective": ParallelConfig(pp=2, recompute="selective"),
@@ -89,27 +93,28 @@ def trained(parallel: ParallelConfig) -> Step:
     return lambda: trainer.step(micros, loss)
 
 
-def speeds() -> Speeds:
-    """What the planner must know of this machine."""
+def probes() -> dict[str, Step]:
+    """What the planner must know of this machine, each REPEATS times."""
     both = build_mesh(2, 1, BENCH.num_key_value_heads, False, torch.device("cpu")).tp
     a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
-    big, out = torch.randn(1 << 24), torch.empty(1 << 24)
-    half, tiny = torch.randn(1 << 20), torch.randn(2)
-    contestants: dict[str, Step] = {
-        "product": lambda: a @ b,
-        "addition": lambda: torch.add(big, big, out=out),
-        "gather": lambda: all_gather(half, both),
-        "tiny gather": lambda: all_gather(tiny, both),
+    big, out = torch.randn(MOVED // 12), torch.empty(MOVED // 12)
+    half, tiny = torch.randn(GATHERED // 8), torch.randn(2)
+
+    def repeated(once: Step) -> Step:
+        return lambda: [once() for _ in range(REPEATS)]
+
+    return {
+        "product": repeated(lambda: a @ b),
+        "addition": repeated(lambda: torch.add(big, big, out=out)),
+        "gather": repeated(lambda: all_gather(half, both)),
+        "tiny gather": repeated(lambda: all_gather(tiny, both)),
     }
-    seconds = medians(contestants, rounds=9, warmup=1)
-    latency = seconds["tiny gather"]
-    moved = half.numel() * 4  # what each sends, and gets of the other
-    return Speeds(
-        2 * 512 * 2048 * 2048 / seconds["product"],
-        12 * big.numel() / seconds["addition"],
-        moved / max(1e-9, seconds["gather"] - latency),
-        latency,
-    )
+
+
+def speeds(seconds: dict[str, float]) -> Speeds:
+    """From the seconds of the probes."""
+    product, addition, gather, latency = (seconds[name] / REPEATS for name in PROBES)
+    return Speeds(2 * 512 * 2048 * 2048 / product, MOVED / addition, GATHERED / max(1e-9, gather - latency), latency)
 
 
 def machine_of(found: Speeds) -> Machine:
@@ -127,10 +132,10 @@ def worker(result: str, steps: int) -> None:
     world = resolve(os.environ)
     connect(world, rendezvous(world))
     torch.set_num_threads(1)
-    found = speeds()
-    seconds = medians({name: trained(parallel) for name, parallel in CASES.items()}, steps, warmup=1)
+    cases = {name: trained(parallel) for name, parallel in CASES.items()}
+    seconds = medians({**probes(), **cases}, steps, warmup=1)
     if world.rank == 0:
-        Path(result).write_text(json.dumps({"speeds": found, "seconds": seconds}))
+        Path(result).write_text(json.dumps(seconds))
     disconnect()
 
 
@@ -147,12 +152,12 @@ def main() -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
         command += ["--worker", str(result), "--steps", str(arguments.steps)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        told = json.loads(result.read_text())
-    show(Speeds(*told["speeds"]), told["seconds"])
+        show(json.loads(result.read_text()))
 
 
-def show(found: Speeds, seconds: dict[str, float]) -> None:
+def show(seconds: dict[str, float]) -> None:
     """Print measured and predicted times relative to the first case."""
+    found = speeds(seconds)
     machine = machine_of(found)
     predicted = {name: predict(job_of(config_of(parallel), 2), machine).seconds for name, parallel in CASES.items()}
     first = next(iter(CASES))
