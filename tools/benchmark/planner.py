@@ -3,9 +3,9 @@
     python tools/benchmark/planner.py
 
 All cases train the bench model and take turns, step by step, and so do the probes of the planner's machine: the speed
-of a large matrix product, of memory, and of a collective between the two processes. A machine that slows down slows all
-of them (about 12 GiB of memory). Medians are compared, relative to 1F1B without recomputation: what counts is whether
-the planner would have chosen right.
+of a large matrix product, of memory, and of a collective between the two processes (about 12 GiB of memory). A case's
+time is compared with the mean of all cases in the same turn, so that a machine that slows down from turn to turn does
+not matter: what counts is whether the planner would have chosen right.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from train_step import BENCH, SEQUENCE, Step, medians, rows
+from train_step import BENCH, SEQUENCE, Step, rows
 
 from megallama.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from megallama.data.batch import Batch
@@ -39,8 +40,8 @@ from megallama.train.trainer import NextToken, build_trainer
 SAMPLES = 8
 PROBES = ("product", "addition", "gather", "tiny gather")
 REPEATS = 5
-MOVED, GATHERED = 12 << 24, 1 << 20
-"""Bytes that an addition reads and writes, and that each rank has after a gather; as many as a block's input has."""
+MOVED, GATHERED = 12 << 24, 8 << 20
+"""Bytes that an addition reads and writes, and that each rank has after a gather."""
 CASES = {
     "1f1b": ParallelConfig(pp=2),
     "1f1b, selective": ParallelConfig(pp=2, recompute="selective"),
@@ -111,9 +112,9 @@ def probes() -> dict[str, Step]:
     }
 
 
-def speeds(seconds: dict[str, float]) -> Speeds:
+def speeds(turns: list[dict[str, float]]) -> Speeds:
     """From the seconds of the probes."""
-    product, addition, gather, latency = (seconds[name] / REPEATS for name in PROBES)
+    product, addition, gather, latency = (statistics.median(t[name] for t in turns) / REPEATS for name in PROBES)
     return Speeds(2 * 512 * 2048 * 2048 / product, MOVED / addition, GATHERED / max(1e-9, gather - latency), latency)
 
 
@@ -127,15 +128,22 @@ def machine_of(found: Speeds) -> Machine:
     return Machine(cluster, Constants(1, 1, 1, 1, 2 * found.latency, 0, 0, 0))
 
 
+def timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
 def worker(result: str, steps: int) -> None:
     """One of the two ranks."""
     world = resolve(os.environ)
     connect(world, rendezvous(world))
     torch.set_num_threads(1)
     cases = {name: trained(parallel) for name, parallel in CASES.items()}
-    seconds = medians({**probes(), **cases}, steps, warmup=1)
+    contestants = {**probes(), **cases}
+    turns = [{name: timed(step) for name, step in contestants.items()} for _ in range(1 + steps)]
     if world.rank == 0:
-        Path(result).write_text(json.dumps(seconds))
+        Path(result).write_text(json.dumps(turns[1:]))  # the first one warms up
     disconnect()
 
 
@@ -155,23 +163,29 @@ def main() -> None:
         show(json.loads(result.read_text()))
 
 
-def show(seconds: dict[str, float]) -> None:
-    """Print measured and predicted times relative to the first case."""
-    found = speeds(seconds)
+def show(turns: list[dict[str, float]]) -> None:
+    """Print measured and predicted times relative to the mean of the cases.
+
+    Args:
+        turns: seconds of each probe and case in every turn.
+    """
+    found = speeds(turns)
     machine = machine_of(found)
     predicted = {name: predict(job_of(config_of(parallel), 2), machine).seconds for name, parallel in CASES.items()}
-    first = next(iter(CASES))
+    means = [statistics.mean(turn[name] for name in CASES) for turn in turns]
     table = Table("case", "seconds", "relative", "predicted", "error")
     errors = []
     for name in CASES:
-        real, told = seconds[name] / seconds[first], predicted[name] / predicted[first]
+        seconds = statistics.median(turn[name] for turn in turns)
+        real = statistics.median(turn[name] / mean for turn, mean in zip(turns, means, strict=True))
+        told = predicted[name] / statistics.mean(predicted.values())
         errors.append(abs(told / real - 1))
-        table.add_row(name, f"{seconds[name]:.2f}", f"{real:.3f}", f"{told:.3f}", f"{told / real - 1:+.1%}")
+        table.add_row(name, f"{seconds:.2f}", f"{real:.3f}", f"{told:.3f}", f"{told / real - 1:+.1%}")
     Console().print(
         f"{found.flops / 1e9:.0f} GFLOP/s, {found.memory / 1e9:.1f} GB/s of memory and {found.link / 1e9:.2f} GB/s "
-        f"between the processes, {found.latency * 1e3:.2f} ms of latency; predicted 1f1b: {predicted[first]:.2f} s"
+        f"between the processes, {found.latency * 1e3:.2f} ms of latency; predicted 1f1b: {predicted['1f1b']:.2f} s"
     )
-    Console().print(table, f"mean error of the relative times: {statistics.mean(errors[1:]):.1%}")
+    Console().print(table, f"mean error of the relative times: {statistics.mean(errors):.1%}")
 
 
 if __name__ == "__main__":
