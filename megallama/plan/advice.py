@@ -17,7 +17,7 @@ PARTS = {
     "compute": "compute",
     "collectives": "tensor-parallel communication",
     "bubble": "the pipeline's bubble and hops",
-    "replicas": "communication of the replicas over the fabric",
+    "replicas": "communication of the replicas",
     "optimizer": "the optimizer's update",
     "overhead": "fixed overhead",
 }
@@ -26,8 +26,8 @@ PARTS = {
 
 def wide_console() -> Console:
     """The terminal; elsewhere (a file, a pipe) wide enough for a table of layouts."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=150)
+    console = Console(highlight=False, markup=False)  # names and paths may hold brackets
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=150)
 
 
 def layout_text(job: Job) -> str:
@@ -60,9 +60,10 @@ def as_record(choice: Choice, machine: Machine) -> dict[str, Any]:
     }
 
 
-def as_table(found: Found, machine: Machine) -> Table:
-    """The ranked layouts."""
-    title = f"{machine.cluster.name}: the {len(found.ranked)} fastest of {found.valid} layouts"
+def as_table(found: Found, machine: Machine, top: int) -> Table:
+    """The `top` fastest layouts."""
+    ranked = found.ranked[:top]
+    title = f"{machine.cluster.name} ({machine.cluster.gpu}): the {len(ranked)} fastest of {found.valid} layouts"
     columns = (
         "",
         "tp",
@@ -79,7 +80,7 @@ def as_table(found: Found, machine: Machine) -> Table:
         "bubble",
     )
     table = Table(*columns, title=title)
-    for place, choice in enumerate(found.ranked, 1):
+    for place, choice in enumerate(ranked, 1):
         record, layout = as_record(choice, machine), choice.job.layout
         table.add_row(
             str(place), str(layout.tp), str(layout.pp), str(layout.vpp), str(layout.dp), str(layout.micro_batch),

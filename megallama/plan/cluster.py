@@ -75,7 +75,7 @@ def load_cluster(name: str) -> Cluster:
 
 def _cluster(found: dict[str, Any], path: Path) -> Cluster:
     known = {field.name: field for field in fields(Cluster)}
-    if unknown := sorted(set(found) - set(known)):
+    if unknown := sorted(set(found) - set(known), key=str):
         raise ValueError(f"{path}: unknown key {unknown[0]}; known are {', '.join(known)}")
     if missing := [name for name, field in known.items() if name not in found and field.default is MISSING]:
         raise ValueError(f"{path}: {missing[0]} is missing")
@@ -83,7 +83,15 @@ def _cluster(found: dict[str, Any], path: Path) -> Cluster:
         wanted = {"str": str, "float": (int, float), "int": int}[str(known[name].type)]
         free = name in ("price", "carbon")
         if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
-            raise ValueError(f"{path}: {name}={value!r} must be {'text' if wanted is str else 'a number'}")
+            kind = {"str": "text", "float": "a number", "int": "a whole number"}[str(known[name].type)]
+            raise ValueError(f"{path}: {name}={value!r} must be {kind}")
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{path}: {name}={value!r} must be one line of letters that can be printed")
         if not isinstance(value, str) and not (0 < value < math.inf or (value == 0 and free)):
             raise ValueError(f"{path}: {name}={value} must be {'0 or more' if free else 'more than 0'}, and finite")
-    return Cluster(**found)
+    cluster = Cluster(**found)
+    if cluster.pue < 1:
+        raise ValueError(
+            f"{path}: pue={cluster.pue:g} must be at least 1: a building draws what its GPUs draw, and more"
+        )
+    return cluster

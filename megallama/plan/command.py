@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megallama import options, presets
@@ -20,7 +21,8 @@ from megallama.plan.job import Job
 from megallama.plan.machine import Machine, fitted
 from megallama.plan.memory import memory_over_time
 from megallama.plan.outlook import Outlook, Reliability, outlook_of, sentences, with_rates
-from megallama.plan.search import Choice, search
+from megallama.plan.outlook import as_record as outlook_record
+from megallama.plan.search import RESERVE, Choice, search
 from megallama.plan.step import Actions, actions_of, events_of, program_of, tail
 from megallama.plan.table import estimate
 from megallama.plan.timeline import Bar, Timeline
@@ -69,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
         ("--restart", usual.restart_seconds, "seconds from a failure to the next step"),
     ):
         failures.add_argument(name, type=float, default=default, metavar="N", help=f"{text} [{default:.0f}]")
+    failures.add_argument(
+        "--commit", type=float, metavar="N", help="seconds until a save in the background is durable [as --save]"
+    )
     return p
 
 
@@ -89,17 +94,18 @@ def run(argv: Sequence[str]) -> int:
     if gpus < 1 or asked.top < 1:
         raise ValueError(f"--gpus {gpus} and --top {asked.top} must be at least 1")
     config, machine = load(rest), Machine(cluster, fitted())
-    found = search(config, gpus, machine, asked.top)
+    found = search(config, gpus, machine, max(2, asked.top))  # the best one is compared with the next
     best, console = found.ranked[0], wide_console()
     outlook = _outlook(best, cluster, asked.tokens)
-    reliability = Reliability(asked.mtbf, asked.save, asked.restart)
+    reliability = Reliability(asked.mtbf, asked.save, asked.restart, asked.commit)
     told = sentences(outlook, reliability) if outlook else []
     if asked.json:
-        layouts = [as_record(choice, machine) for choice in found.ranked]
+        layouts = [as_record(choice, machine) for choice in found.ranked[: asked.top]]
         head = {"cluster": cluster.name, "gpus": gpus, "valid": found.valid}
-        print(json.dumps({**head, "layouts": layouts, "explanation": explain(found, machine), "run": told}, indent=1))
+        run = outlook_record(outlook, reliability) if outlook else None
+        print(json.dumps({**head, "layouts": layouts, "explanation": explain(found, machine), "run": run}, indent=1))
     else:
-        console.print(as_table(found, machine))
+        console.print(as_table(found, machine, asked.top))
         for line in (*(explain(found, machine) if asked.explain else ()), *told):
             console.print(line)
     files: list[Path] = []
@@ -107,7 +113,10 @@ def run(argv: Sequence[str]) -> int:
         files += draw(best, machine, asked.pictures)
     if asked.emit:
         title = f"{layout_text(best.job)}: {best.prediction.seconds:.3f} s a step on {gpus} GPUs of {cluster.name}"
-        files += emit(best.config, gpus, cluster, asked.emit, title)
+        steps = outlook.steps if outlook else best.config.train.steps
+        files += emit(
+            replace(best.config, train=replace(best.config.train, steps=steps)), gpus, cluster, asked.emit, title
+        )
     for file in files if not asked.json else ():
         console.print(str(file))
     return 0
@@ -121,7 +130,9 @@ def help_text() -> str:
 def _estimate(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     if asked.estimate is None or asked.out is None:
         raise ValueError("--estimate CSV and --out CSV go together: the table, and where to write it with predictions")
-    if rest:
+    usual = parser().parse_args([])
+    rest = [*rest, *(f"--{name}" for name, value in vars(asked).items() if value != getattr(usual, name))]
+    if rest := [name for name in rest if name not in ("--estimate", "--out")]:
         raise ValueError(f"--estimate takes everything from its table; {rest[0]} has no place beside it")
     print(f"{estimate(asked.estimate, asked.out)} rows in {asked.out}")
     return 0
@@ -146,7 +157,7 @@ def draw(best: Choice, machine: Machine, folder: Path) -> list[Path]:
     timeline, memory, scaling = (folder / f"{name}.png" for name in ("timeline", "memory", "scaling"))
     step = timeline_of(job, machine)
     pictures.timeline(step, timeline)
-    pictures.memory(memory_over_time(job, step.events), machine.cluster.memory_gib, memory)
+    pictures.memory(memory_over_time(job, step.events), machine.cluster.memory_gib * (1 - RESERVE), memory)
     pictures.scaling(_scaling(best.config, job.layout.ranks, machine), scaling)
     return [timeline, memory, scaling]
 

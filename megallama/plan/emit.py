@@ -53,7 +53,7 @@ def emit(config: Config, gpus: int, cluster: Cluster, folder: Path, title: str) 
         config = replace(config, output_dir=str(folder / "run"))
     config.validate(gpus)
     make_folder(folder)
-    settings, script = folder / CONFIG, folder / SCRIPT
+    settings, script, title = folder / CONFIG, folder / SCRIPT, " ".join(title.split())  # a comment is one line
     write_whole(settings, f"# {title}\n{dump(config)}")
     text = TEMPLATE.format(
         title=title,

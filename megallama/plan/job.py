@@ -70,18 +70,36 @@ class Engine(NamedTuple):
         sharded_optimizer: fp32 masters and moments are split over dp (ZeRO-1), else whole on every rank.
         gradient_bytes: of each number that replicas sum.
         overlap: hops and the replicas' communication run beside compute where they can.
+        fused_kernels: what lies between matrix products takes one kernel, which reads and writes once; otherwise every
+            step of it does.
+        fused_accumulation: products add to the gradients of earlier micro-batches; otherwise a kernel of its own does.
     """
 
-    name: str
     fused_attention: bool
     sharded_optimizer: bool
     gradient_bytes: int
     overlap: bool
+    fused_kernels: bool
+    fused_accumulation: bool
 
 
-MEGALLAMA = Engine("megallama", fused_attention=True, sharded_optimizer=True, gradient_bytes=4, overlap=True)
+MEGALLAMA = Engine(
+    fused_attention=True,
+    sharded_optimizer=True,
+    gradient_bytes=4,
+    overlap=True,
+    fused_kernels=False,
+    fused_accumulation=False,
+)
+COMPILED = MEGALLAMA._replace(fused_kernels=True)
+"""With train.compile."""
 MEGATRON_2021 = Engine(
-    "Megatron-LM of 2021", fused_attention=False, sharded_optimizer=False, gradient_bytes=2, overlap=False
+    fused_attention=False,
+    sharded_optimizer=False,
+    gradient_bytes=2,
+    overlap=False,
+    fused_kernels=True,
+    fused_accumulation=True,
 )
 """As in the published measurements: Narayanan et al. 2021, Korthikanti et al. 2022, vTrain."""
 
@@ -150,4 +168,5 @@ def job_of(config: Config, world_size: int) -> Job:
         True,
         stage_layers(config.model, parallel, config.data.seq_length),
     )
-    return Job(shape_of(config.model), config.data.seq_length, train.global_batch_size, layout, train.dtype)
+    engine = COMPILED if train.compile else MEGALLAMA
+    return Job(shape_of(config.model), config.data.seq_length, train.global_batch_size, layout, train.dtype, engine)

@@ -112,14 +112,14 @@ class Machine:
         """`size` ranks that stand `stride` apart."""
         return Group(size, min(size, max(1, self.cluster.gpus_per_node // stride)))
 
-    def gathered(self, size: float, group: Group) -> float:
-        """An all-gather to, or a reduce-scatter of, `size` bytes on each rank; an all-reduce is both."""
+    def gathered(self, size: float, group: Group, calls: int = 1) -> float:
+        """An all-gather to, or a reduce-scatter of, `size` bytes on each rank, in so many calls."""
         if group.size == 1:
             return 0.0
         passed, speed = size, self.cluster.link_gbps * 1e9 * self.constants.link  # its own part is copied as slowly
         if group.size > group.in_node:  # all its GPUs in a node send; groups that stand side by side share the ports
             passed, speed = (group.size - 1) / group.size * size, min(speed, group.in_node * self.fabric)
-        return passed / speed + self.constants.latency * (group.size - 1) / 2
+        return passed / speed + calls * self.constants.latency * (group.size - 1) / 2
 
     @property
     def fabric(self) -> float:

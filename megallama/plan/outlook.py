@@ -223,16 +223,18 @@ def best_checkpoints(outlook: Outlook, reliability: Reliability) -> Checkpoints:
     step = outlook.step_seconds
     # The share rises up to the best interval and falls beyond it, so that limits apply to the neighbours alone.
     closest = max(1, math.ceil(reliability.lag_seconds / step))
-    steps, share = 0, -1.0
+    steps, share, endless = 0, -1.0, 0.0
     for neighbour in (math.floor(best / step), math.floor(best / step) + 1):
-        candidate = min(max(neighbour, closest), outlook.steps)
+        wanted = max(neighbour, closest)
+        endless = max(endless, goodput(wanted * step, failure_seconds, reliability))
+        candidate = min(wanted, outlook.steps)
         if (lasting := goodput(candidate * step, failure_seconds, reliability)) > share:
             steps, share = candidate, lasting
-    if share < LEAST_GOODPUT:
+    if endless < LEAST_GOODPUT:  # a short run's last save may take longer than the run, which is no matter
         raise ValueError(
             f"gpu_mtbf_hours={reliability.gpu_mtbf_hours:g} on {outlook.gpus:,} GPUs is a failure every "
             f"{_span(failure_seconds)}: at steps of {_span(step)}, saves of {_span(reliability.save_seconds)} and "
-            f"restarts of {_span(reliability.restart_seconds)}, {100 * share:.2g} % of the time would do work that "
+            f"restarts of {_span(reliability.restart_seconds)}, {100 * endless:.2g} % of the time would do work that "
             f"lasts; take fewer GPUs, or make saves and restarts shorter"
         )
     young = math.sqrt(2 * reliability.save_seconds * failure_seconds)
@@ -242,6 +244,26 @@ def best_checkpoints(outlook: Outlook, reliability: Reliability) -> Checkpoints:
 def effective(outlook: Outlook, reliability: Reliability) -> Outlook:
     """The same run, stretched by saves, restarts and work that is lost, at the best interval between saves."""
     return outlook._replace(goodput=best_checkpoints(outlook, reliability).goodput)
+
+
+def as_record(outlook: Outlook, reliability: Reliability) -> dict[str, float | None]:
+    """The outlook with failures, as an object of --json."""
+    saves = best_checkpoints(outlook, reliability)
+    real = outlook._replace(goodput=saves.goodput)
+    return {
+        "tokens": real.tokens,
+        "steps": real.steps,
+        "step_seconds": real.step_seconds,
+        "days_without_failures": outlook.days,
+        "days": real.days,
+        "gpu_hours": real.gpu_hours,
+        "mwh": real.mwh,
+        "tonnes_co2eq": real.tonnes,
+        "price": real.price,
+        "failure_hours": saves.failure_seconds / HOUR,
+        "checkpoint_interval": saves.steps,
+        "goodput": saves.goodput,
+    }
 
 
 def sentences(outlook: Outlook, reliability: Reliability) -> list[str]:
@@ -260,7 +282,9 @@ def sentences(outlook: Outlook, reliability: Reliability) -> list[str]:
         f"It emits {_number(real.tonnes)} tCO2eq at {cluster.carbon:g} kg a kWh, not counting interconnect, hosts, "
         f"cooling beyond the PUE and the making of the hardware",
     ]
-    if real.price is not None:
+    if real.price is None:
+        lines.append("What it costs is not known: --price N is the price of a GPU-hour")
+    else:
         lines.append(f"It costs {_number(real.price)} at {cluster.price:g} a GPU-hour")
     return lines
 

@@ -58,13 +58,11 @@ class Found(NamedTuple):
 def candidates(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
     """All valid configurations of layout, micro-batch, schedule and recomputation on `gpus` ranks; the rest stays as it
     is. Tensor-parallel ranks stay in a node."""
-    for tp in (n for n in range(1, gpus_per_node + 1) if gpus % n == 0):
+    for tp in (n for n in range(1, gpus_per_node + 1) if gpus % n == 0 == min(gpus, gpus_per_node) % n):
         for pp in (n for n in range(1, min(DEEPEST, gpus // tp) + 1) if gpus % (tp * n) == 0):
             for parallel in _schedules(tp, pp):
                 for micro in MICRO_BATCHES:
-                    given = replace(
-                        config, parallel=parallel, train=replace(config.train, micro_batch_size=micro, ramp=None)
-                    )
+                    given = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
                     try:
                         given.validate(gpus)
                     except ValueError:
@@ -90,6 +88,8 @@ def search(config: Config, gpus: int, machine: Machine, top: int = 10) -> Found:
     Raises:
         ValueError: no layout is valid, or none fits; says by how much.
     """
+    if config.train.dtype != "bfloat16":
+        raise ValueError(f"train.dtype={config.train.dtype} cannot be timed: clusters have the speed of bfloat16 alone")
     bounded = []
     for given in candidates(config, gpus, machine.cluster.gpus_per_node):
         job = job_of(given, gpus)

@@ -9,7 +9,14 @@ from typing import NamedTuple
 from megallama.pipeline import Action, Event, Program, build, simulate
 from megallama.plan.job import WIDTH, Job
 from megallama.plan.machine import Machine
-from megallama.plan.work import block_seconds, embedding_seconds, head_seconds, stage_parameters
+from megallama.plan.memory import BUCKET_ELEMENTS
+from megallama.plan.work import (
+    block_seconds,
+    embedding_seconds,
+    exchange_seconds,
+    head_seconds,
+    stage_parameters,
+)
 
 ROUNDS = 3
 """Micro-batches for each pipeline rank after which the pipeline repeats itself."""
@@ -70,19 +77,21 @@ def actions_of(job: Job, machine: Machine) -> Actions:
     layout, block, layers = job.layout, block_seconds(job, machine), job.layers
     last, split = layout.stages - 1, layout.schedule == "zero-bubble"
     embedding, head = embedding_seconds(job, machine), head_seconds(job, machine)
-    hop = hop_seconds(job, machine)
+    hop, edge = hop_seconds(job, machine), exchange_seconds(job, machine) / 2
     blocking = 0.0 if job.engine.overlap or layout.pp == 1 else hop
     forward, backward, weights = [], [], []
     for stage in range(layout.stages):
         there, back, matrices = (layers[stage] * x for x in (block.forward, block.inputs, block.weights))
         if stage == 0:
-            there, matrices = there + embedding, matrices + 2 * embedding
+            there, back, matrices = there + embedding + edge, back + edge, matrices + 2 * embedding
         if stage == last:
-            there, back, matrices = there + head[0], back + head[1], matrices + head[2]
+            there, back, matrices = there + head[0] + edge, back + head[1] + edge, matrices + head[2]
         forward.append(there + blocking)
         backward.append(back + blocking + (0.0 if split else matrices))
         weights.append(matrices if split else 0.0)
-    recomputed, collectives = (tuple(n * part for n in layers) for part in (block.recomputed, block.collectives))
+    recomputed = tuple(n * block.recomputed for n in layers)
+    edges = (2 * edge * ((stage == 0) + (stage == last)) for stage in range(layout.stages))
+    collectives = tuple(n * block.collectives + more for n, more in zip(layers, edges, strict=True))
     return Actions(tuple(forward), tuple(backward), tuple(weights), recomputed, collectives, hop)
 
 
@@ -109,8 +118,7 @@ def hop_seconds(job: Job, machine: Machine) -> float:
     """A micro-batch's activations from one stage to the next, each tensor-parallel rank its part."""
     layout = job.layout
     size = job.tokens * job.shape.hidden * WIDTH[job.dtype] / layout.tp
-    within = layout.ranks <= machine.cluster.gpus_per_node or layout.tp * layout.dp * 2 <= machine.cluster.gpus_per_node
-    return machine.hop(size, within) if layout.pp > 1 else 0.0
+    return machine.hop(size, layout.ranks <= machine.cluster.gpus_per_node) if layout.pp > 1 else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -136,16 +144,29 @@ def pipeline_seconds(job: Job, actions: Actions) -> float:
     """From the first forward to the last backward of a step.
 
     Long programs repeat themselves: beyond ROUNDS micro-batches for each pipeline rank the time grows evenly, so that
-    two short ones tell a long one's.
+    two short ones tell a long one's; where they do not, as a bound shows, it is simulated. A rank's hops take turns.
     """
     pp, micros = job.layout.pp, job.micros
     if pp == 1:
         return micros * (sum(actions.forward) + sum(actions.backward) + sum(actions.weights))
     short = ROUNDS * pp + micros % pp
+    sent = micros * max(hops_of(job)) * actions.hop if job.engine.overlap else 0.0
     if micros <= short + pp:
-        return _span(events_of(job, actions))
+        return max(sent, _span(events_of(job, actions)))
     first, second = (_span(events_of(job, actions, count)) for count in (short, short + pp))
-    return first + (second - first) * (micros - short) / pp
+    told = first + (second - first) * (micros - short) / pp
+    if told < (1 - 1e-9) * least_seconds(job, actions):
+        told = _span(events_of(job, actions))
+    return max(sent, told)
+
+
+def hops_of(job: Job) -> list[int]:
+    """What each pipeline rank sends to another rank for a micro-batch, forward and backward."""
+    layout, last = job.layout, job.layout.stages - 1
+    return [
+        sum((stage < last) + (stage > 0) for stage in range(rank, layout.stages, layout.pp))
+        for rank in range(layout.pp)
+    ]
 
 
 def _span(events: list[Event]) -> float:
@@ -155,19 +176,34 @@ def _span(events: list[Event]) -> float:
 def tail(job: Job, machine: Machine, rank: int, actions: Actions) -> tuple[float, float]:
     """(communication of the replicas, update) of a pipeline rank that follow its last backward.
 
-    With overlap, gradients of all chunks but the last one to end are reduced beside compute, and the gather of new
-    weights runs beside the first forward.
+    With overlap, buckets of gradients are reduced as soon as they are complete, beside the rest of the last backwards;
+    buckets of new weights are gathered beside the first forwards. The last bucket, and the first, hide behind nothing.
     """
-    layout = job.layout
+    layout, engine = job.layout, job.engine
     stages = range(rank, layout.stages, layout.pp)
-    counts = [stage_parameters(job, stage) for stage in stages]
+    held = sum(stage_parameters(job, stage) for stage in stages)
     group = machine.group(layout.dp, layout.tp)
-    held = sum(counts)
-    if job.engine.sharded_optimizer:
-        reduced = machine.gathered(job.engine.gradient_bytes * (counts[0] if job.engine.overlap else held), group)
-        gathered = machine.gathered(WIDTH[job.dtype] * held, group)
-        hidden = actions.forward[stages[0]] if job.engine.overlap else 0.0
-        replicas, updated = reduced + max(0.0, gathered - hidden), held / layout.dp
+    if not engine.sharded_optimizer:
+        replicas, updated = 2 * machine.gathered(engine.gradient_bytes * held, group), float(held)
     else:
-        replicas, updated = 2 * machine.gathered(job.engine.gradient_bytes * held, group), float(held)
-    return replicas, machine.moved(ADAM_BYTES[job.engine.sharded_optimizer] * updated)
+        buckets = -(-held // BUCKET_ELEMENTS)
+        reduced = machine.gathered(engine.gradient_bytes * held, group, buckets)
+        gathered = machine.gathered(WIDTH[job.dtype] * held, group, buckets)
+        last = actions.weights if layout.schedule == "zero-bubble" else actions.backward
+        replicas = _exposed(reduced, buckets, _beside(job, last, stages))
+        replicas += _exposed(gathered, buckets, _beside(job, actions.forward, stages))
+        updated = held / layout.dp
+    return replicas, machine.moved(ADAM_BYTES[engine.sharded_optimizer] * updated)
+
+
+def _exposed(seconds: float, buckets: int, beside: float) -> float:
+    """Of communication in buckets, one of which always is, what does not fit beside so much compute."""
+    return max(seconds / buckets, seconds - beside)
+
+
+def _beside(job: Job, seconds: tuple[float, ...], stages: range) -> float:
+    """Compute of a rank, whose chunks take so long for a micro-batch, between its first complete bucket and its last:
+    all chunks but one have pp micro-batches at a time."""
+    if not job.engine.overlap:
+        return 0.0
+    return seconds[stages[0]] + min(job.layout.pp, job.micros) * sum(seconds[stage] for stage in stages[1:])

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megallama.config import ModelConfig, ParallelConfig
 from megallama.files import write_whole
 from megallama.pipeline import SCHEDULES
 from megallama.plan.cluster import Cluster, load_cluster
+from megallama.plan.cost import stage_layers
 from megallama.plan.job import MEGALLAMA, MEGATRON_2021, Job, Layout, Shape
 from megallama.plan.machine import Machine, fitted
 from megallama.plan.memory import job_memory
@@ -34,6 +36,7 @@ class Asked(NamedTuple):
     job: Job
     cluster: Cluster
     record: dict[str, str]
+    where: str
 
 
 def read_table(path: str | Path) -> list[Asked]:
@@ -43,9 +46,12 @@ def read_table(path: str | Path) -> list[Asked]:
         ValueError: the file or a row of it is bad; names the line and the column.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            names = rows.fieldnames or ()
+            if twice := [name for name in names if list(names).count(name) > 1]:
+                raise ValueError(f"{path}: the column {twice[0]} comes twice")
+            missing = [name for name in COLUMNS if name not in names]
             if missing:
                 raise ValueError(f"{path}: the column {missing[0]} is missing; a table has {', '.join(COLUMNS)}")
             found = [_asked(row, f"{path}:{rows.line_num}") for row in rows]
@@ -61,7 +67,7 @@ def _asked(row: Mapping[str, str], where: str) -> Asked:
         raise ValueError(f"{where}: the row has more or fewer fields than the first line names")
     try:
         cluster = load_cluster(row["cluster"])
-        return Asked(job_of_row(row), cluster, dict(row))
+        return Asked(job_of_row(row), cluster, dict(row), where)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -87,6 +93,18 @@ def job_of_row(row: Mapping[str, str]) -> Job:
     )  # fmt: skip
     rules = (
         (shape.hidden % shape.heads == 0, f"hidden_size={shape.hidden} is no multiple of {shape.heads} heads"),
+        (
+            shape.heads % shape.kv_heads == 0,
+            f"num_attention_heads={shape.heads} is no multiple of num_key_value_heads={shape.kv_heads}",
+        ),
+        (
+            shape.kv_heads % layout.tp == 0 or layout.tp % shape.kv_heads == 0,
+            f"num_key_value_heads={shape.kv_heads} and tp={layout.tp}: one must be a multiple of the other",
+        ),
+        (
+            shape.intermediate % layout.tp == 0,
+            f"intermediate_size={shape.intermediate} is no multiple of tp={layout.tp}",
+        ),
         (shape.heads % layout.tp == 0, f"num_attention_heads={shape.heads} is no multiple of tp={layout.tp}"),
         (shape.layers >= layout.stages, f"num_layers={shape.layers} are fewer than pp x vpp = {layout.stages} stages"),
         (
@@ -99,8 +117,15 @@ def job_of_row(row: Mapping[str, str]) -> Job:
     for holds, problem in rules:
         if not holds:
             raise ValueError(problem)
-    engine = MEGALLAMA if shape.gated else MEGATRON_2021
-    return Job(shape, n["seq_length"], n["global_batch_size"], layout, engine=engine)
+    if not shape.gated:
+        return Job(shape, n["seq_length"], n["global_batch_size"], layout, engine=MEGATRON_2021)
+    model = ModelConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab,
+    )  # fmt: skip
+    parallel = ParallelConfig(pp=layout.pp, vpp=layout.vpp, schedule=layout.schedule, recompute=layout.recompute)
+    layout = layout._replace(layers_per_stage=stage_layers(model, parallel, n["seq_length"]))
+    return Job(shape, n["seq_length"], n["global_batch_size"], layout, engine=MEGALLAMA)
 
 
 def _number(row: Mapping[str, str], name: str) -> int:
@@ -126,7 +151,10 @@ def estimate(source: str | Path, target: str | Path) -> int:
     """
     rows: list[dict[str, Any]] = []
     for asked in read_table(source):
-        numbers = predicted(asked)
+        try:
+            numbers = predicted(asked)
+        except ValueError as error:  # a program or a cluster that cannot be
+            raise ValueError(f"{asked.where}: {error}") from None
         rows.append(asked.record | {name: f"{value:.6g}" for name, value in numbers.items()})
     try:
         write_whole(Path(target), _csv(rows))

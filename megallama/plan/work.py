@@ -45,7 +45,7 @@ def block_seconds(job: Job, machine: Machine) -> BlockSeconds:
     moved = machine.moved(elementwise_bytes(job))
     exchange = 2 * exchange_seconds(job, machine)
     beside, later = regathered_seconds(job, machine)
-    weights += later
+    weights += later + accumulation_seconds(job, machine, block_parameters(job))
     there = machine.launched(forward + core + moved + exchange)
     back = machine.launched(inputs + weights + core_back + 1.5 * moved + exchange + beside, BACKWARD_KERNELS)
     again = {"none": 0.0, "selective": core, "full": there}[job.layout.recompute]
@@ -84,12 +84,16 @@ def elementwise_bytes(job: Job) -> float:
     """Read and written by a block's forward outside of its products: norms, residuals, positions, activation.
 
     Numbers a token: both norms read and write `hidden`, both residual sums read two and write one; queries, keys and
-    values are turned and laid out anew; the activation reads what the first matrices give and writes one.
+    values are turned and laid out anew; the activation reads what the first matrices give and writes one. Without fused
+    kernels every step of `model.segments` reads and writes, many of them in float32.
     """
     s, layout = job.shape, job.layout
-    whole = 10 * s.hidden / (layout.tp if layout.sequence_parallel else 1)
-    split = 6 * s.hidden + (3 if s.gated else 2) * s.intermediate
-    return job.tokens * WIDTH[job.dtype] * (whole + split / layout.tp)
+    keys, fused = s.kv_heads * s.head_dim, job.engine.fused_kernels
+    norms = 4 if fused else 36
+    turned = 2 * (s.hidden + 2 * keys) if fused else 19 * (s.hidden + keys)
+    activated = (3 if s.gated else 2) * s.intermediate if fused else 5 * s.intermediate
+    whole = (norms + 6) * s.hidden / (layout.tp if layout.sequence_parallel else 1)
+    return job.tokens * WIDTH[job.dtype] * (whole + (turned + activated) / layout.tp)
 
 
 def exchange_seconds(job: Job, machine: Machine) -> float:
@@ -115,12 +119,18 @@ def regathered_seconds(job: Job, machine: Machine) -> tuple[float, float]:
     return sum(max(0.0, gather - machine.matmul(m, k, n)) for m, n, k in _matrices(job)[::2]), 0.0
 
 
+def accumulation_seconds(job: Job, machine: Machine, parameters: int) -> float:
+    """Adding a micro-batch's gradients to those of earlier ones: both are read, and the sum is written."""
+    return 0.0 if job.engine.fused_accumulation else machine.moved(3 * job.engine.gradient_bytes * parameters)
+
+
 def head_seconds(job: Job, machine: Machine) -> tuple[float, float, float]:
     """(forward, backward to the input, backward to the weights) of the last stage's head and loss."""
     columns = 1 if job.shape.scalar else -(-job.shape.vocab // job.layout.tp)
     m, n, k = job.tokens, columns, job.shape.hidden
     loss = machine.moved(LOGIT_BYTES * m * n) / 2
-    return machine.matmul(m, n, k) + loss, machine.matmul(m, k, n) + loss, machine.matmul(n, k, m)
+    weights = machine.matmul(n, k, m) + accumulation_seconds(job, machine, n * k)
+    return machine.matmul(m, n, k) + loss, machine.matmul(m, k, n) + loss, weights
 
 
 def embedding_seconds(job: Job, machine: Machine) -> float:

@@ -33,6 +33,10 @@ def test_every_cluster_of_the_package_can_be_read():
         ("watts: .inf", "watts=inf must be more than 0, and finite"),
         ("- a", "holds no mapping of keys"),
         ("a: [", "is no cluster"),
+        ("1: 2", "unknown key 1; known are name"),
+        ("processors: 108.0", "processors=108.0 must be a whole number"),
+        ("pue: 0.5", "pue=0.5 must be at least 1"),
+        ('name: "two\\nlines"', "must be one line of letters"),
     ],
 )
 def test_a_bad_cluster_is_named(tmp_path: Path, text: str, problem: str):
@@ -40,10 +44,10 @@ def test_a_bad_cluster_is_named(tmp_path: Path, text: str, problem: str):
     whole = (CLUSTERS / "rsc.yaml").read_text()
     path.write_text(
         text
-        if text[0] in "g-a"
-        else f"{whole}{text}\n"
-        if "speed" in text
+        if text[:2] in ("gp", "- ", "a:")
         else whole.replace("watts: 400\nnom", f"{text}\nnom")
+        if text.startswith("watts")
+        else f"{whole.replace('processors: 108', '') if 'processors' in text else whole}\n{text}\n"
     )
     with pytest.raises(ValueError) as error:
         load_cluster(str(path))

@@ -17,6 +17,7 @@ from megallama.plan.outlook import (
     PAPER_TONNES,
     Outlook,
     Reliability,
+    as_record,
     best_checkpoints,
     best_interval,
     carbon_tonnes,
@@ -225,7 +226,23 @@ def test_sentences_tell_it_in_plain_lines() -> None:
     ):
         assert words in text
     assert sentences(real, Reliability()) == sentences(ideal, Reliability())
-    assert "costs" not in "\n".join(sentences(ideal._replace(cluster=RSC), Reliability()))
+    assert "What it costs is not known" in "\n".join(sentences(ideal._replace(cluster=RSC), Reliability()))
+
+
+def test_a_run_shorter_than_a_save_has_an_outlook_and_hopeless_failures_have_none() -> None:
+    short = outlook_of(3000, 0.1, 1000, 1, RSC)
+    saves = best_checkpoints(short, Reliability())
+    assert saves.steps == 3 and 0 < saves.goodput < 0.011
+    with pytest.raises(ValueError, match="of the time would do work that lasts"):
+        best_checkpoints(outlook_of(2 * 10**12, 9.0, 4 * 10**6, 2048, RSC), Reliability(gpu_mtbf_hours=50))
+
+
+def test_the_record_has_the_numbers_of_the_sentences() -> None:
+    ideal = outlook_of(2 * 10**12, 9.0, 4 * 10**6, 2048, with_rates(RSC, price=2.0))
+    found, real = as_record(ideal, Reliability()), effective(ideal, Reliability())
+    assert found["steps"] == 500_000 and found["price"] == 2 * found["gpu_hours"] == pytest.approx(real.price)
+    assert found["days"] * found["goodput"] == pytest.approx(found["days_without_failures"])
+    assert found["tonnes_co2eq"] == real.tonnes and found["failure_hours"] == pytest.approx(24.74, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["tokens", "step_seconds", "step_tokens", "gpus"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,25 @@ def test_the_timeline_shows_what_is_recomputed():
     assert 0 < step.recompute[backward.action.stage] < backward.end - backward.start
 
 
+def test_brackets_in_names_are_no_markup_and_the_best_alone_is_compared_too(tmp_path: Path, capsys):
+    folder = tmp_path / "a[" / "b]"
+    arguments = [*SEVEN, "--gpus", "8", "--top", "1", "--explain", "--tokens", "1e9", "--emit", str(folder)]
+    assert main(["plan", *arguments]) == 0
+    told = capsys.readouterr().out
+    assert "The next best is" in told and "b]/train.yaml" in told.replace("\n", "") and "the 1 fastest of" in told
+    assert load(["--config", str(folder / "train.yaml")]).train.steps == -(-(10**9) // (64 * 4096))
+
+
+def test_tensor_parallel_ranks_never_stand_on_two_nodes():
+    model = {"num_attention_heads": 36, "num_key_value_heads": 12, "hidden_size": 36 * 128, "intermediate_size": 11520}
+    config = load([*SEVEN, *(x for key, value in model.items() for x in (f"--model.{key}", str(value)))])
+    sizes = {
+        given.parallel.tp
+        for given in candidates(replace(config, train=replace(config.train, global_batch_size=72)), 24, 8)
+    }
+    assert sizes == {1, 2, 4}
+
+
 def test_json_is_one_object(capsys: pytest.CaptureFixture):
     assert main(["plan", *SEVEN, "--gpus", "8", "--top", "2", "--json", "--cluster", "production"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -89,6 +109,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture):
     best = found["layouts"][0]
     assert best["step_seconds"] == pytest.approx(sum(best["parts"].values()))
     assert 0 < best["mfu"] < 1 and best["memory_gib"] < 79.3
+    assert found["run"]["gpu_hours"] == pytest.approx(found["run"]["days"] * 24 * 8)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +122,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture):
         (["--modle.preset", "x"], "unknown key modle.preset; did you mean model.preset"),
         (["--pue", "0.5"], "pue=0.5 must be at least 1"),
         (["--tokens", "nan"], "--tokens nan must be a number of at least 1"),
+        (["--train.dtype", "float32"], "train.dtype=float32 cannot be timed"),
         (["--tokens", "inf"], "--tokens inf must be a number of at least 1"),
     ],
 )

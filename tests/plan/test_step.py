@@ -10,10 +10,17 @@ from megallama.config import Config, ModelConfig
 from megallama.pipeline import simulate
 from megallama.plan.cluster import load_cluster
 from megallama.plan.cost import parameters, train_flops_per_token
-from megallama.plan.job import MEGATRON_2021, Job, Layout, Shape, job_of, shape_of
+from megallama.plan.job import COMPILED, MEGALLAMA, MEGATRON_2021, Job, Layout, Shape, job_of, shape_of
 from megallama.plan.machine import Constants, Machine, fitted
-from megallama.plan.step import actions_of, cost_of, pipeline_seconds, predict, program_of
-from megallama.plan.work import model_flops, regathered_seconds, stage_parameters
+from megallama.plan.step import actions_of, cost_of, pipeline_seconds, predict, program_of, tail
+from megallama.plan.work import (
+    block_parameters,
+    block_seconds,
+    elementwise_bytes,
+    model_flops,
+    regathered_seconds,
+    stage_parameters,
+)
 from megallama.presets import PRESETS
 
 RSC = load_cluster("rsc")
@@ -99,6 +106,46 @@ def test_second_gathers_hide_behind_products_unless_weight_gradients_wait():
     for layout in ({"tp": 1}, {"sequence_parallel": False}):
         assert regathered_seconds(job(**layout), slow) == (0.0, 0.0)
     assert regathered_seconds(job(), MACHINE) == (0.0, 0.0), "NVLink is faster than the products"
+
+
+def test_what_the_engine_does_not_fuse_costs_time():
+    compiled, plain = replace(job(), engine=COMPILED), job()
+    more = elementwise_bytes(plain) / elementwise_bytes(compiled)
+    assert 3 < more < 5 and predict(plain, MACHINE).seconds > predict(compiled, MACHINE).seconds
+    added = 12 * block_parameters(plain) / MACHINE.bandwidth
+    fused = replace(plain, engine=MEGALLAMA._replace(fused_accumulation=True))
+    gap = block_seconds(plain, MACHINE).weights - block_seconds(fused, MACHINE).weights
+    assert gap == pytest.approx(added), "product and sum are read, the sum is written: 12 bytes in fp32"
+
+
+def test_a_step_is_no_shorter_than_what_its_ranks_send():
+    slow = Machine(replace(RSC, fabric_gbps=0.05), fitted())
+    asked = job(16, tp=1, pp=2, vpp=4, dp=8, schedule="interleaved")
+    hop = actions_of(asked, slow).hop
+    assert predict(asked, slow).seconds > 16 * 7 * hop, "of 8 stages, 4 forwards and 3 backwards leave rank 0"
+
+
+@pytest.mark.parametrize(("layers", "micros"), [(33, 128), (30, 128), (19, 64)])
+def test_uneven_stages_are_never_quicker_than_their_busiest_rank(layers: int, micros: int):
+    asked = job(micros, SEVEN._replace(layers=layers), tp=1, dp=1, vpp=2, schedule="interleaved")
+    actions = actions_of(asked, MACHINE)
+    whole = max(event.end for event in simulate(program_of("interleaved", 4, micros, 2), cost_of(actions), actions.hop))
+    assert pipeline_seconds(asked, actions) == pytest.approx(whole, rel=2e-3)
+
+
+def test_buckets_hide_behind_the_last_backwards_all_but_one():
+    alone = job(pp=1, tp=1, dp=256)
+    actions = actions_of(alone, MACHINE)
+    group, held = MACHINE.group(256, 1), stage_parameters(alone, 0)
+    buckets = -(-held // (1 << 25))
+    reduced = MACHINE.gathered(4 * held, group, buckets)
+    gathered = MACHINE.gathered(2 * held, group, buckets)
+    exposed, _ = tail(alone, MACHINE, 0, actions)
+    assert reduced < actions.backward[0] and exposed == pytest.approx((reduced + gathered) / buckets)
+    slow = Machine(replace(RSC, fabric_gbps=0.05), fitted())
+    exposed, _ = tail(alone, slow, 0, actions)
+    sums = slow.gathered(4 * held, group, buckets) + slow.gathered(2 * held, group, buckets)
+    assert exposed == pytest.approx(sums - actions.backward[0] - actions.forward[0])
 
 
 def test_hops_hold_up_an_engine_that_waits_for_them():

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megallama.cli import main
+from megallama.config import load
+from megallama.plan.job import job_of
 from megallama.plan.table import COLUMNS, PREDICTED, estimate, read_table
 
 MEASURED = Path(__file__).parents[2] / "tools" / "planner" / "measured_a100.csv"
@@ -91,6 +93,13 @@ def test_a_table_without_measurements_and_with_llamas(tmp_path: Path):
         ({"pp": "32"}, "num_layers=24 are fewer than pp x vpp = 32 stages"),
         ({"vpp": "2", "pp": "2"}, "vpp=2 needs the schedule interleaved"),
         ({"num_attention_heads": "25"}, "hidden_size=2304 is no multiple of 25 heads"),
+        ({"num_key_value_heads": "7"}, "num_attention_heads=24 is no multiple of num_key_value_heads=7"),
+        ({"num_key_value_heads": "6", "tp": "4", "dp": "8"}, "num_key_value_heads=6 and tp=4: one must be a multiple"),
+        ({"intermediate_size": "9217", "tp": "2", "dp": "16"}, "intermediate_size=9217 is no multiple of tp=2"),
+        (
+            {"schedule": "interleaved", "pp": "3", "vpp": "2", "dp": "2", "global_batch_size": "128"},
+            "the interleaved schedule needs",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture, change: dict, problem: str):
@@ -107,6 +116,10 @@ def test_bad_tables_are_named(tmp_path: Path):
         read_table(write(tmp_path / "a.csv", [{"tp": "1"}]))
     with pytest.raises(ValueError, match="cannot be read"):
         read_table(tmp_path / "none.csv")
+    twice = tmp_path / "twice.csv"
+    twice.write_text(f"tp,{','.join(COLUMNS)}\n")
+    with pytest.raises(ValueError, match="the column tp comes twice"):
+        read_table(twice)
     empty = tmp_path / "empty.csv"
     empty.write_text(",".join(COLUMNS) + "\n")
     with pytest.raises(ValueError, match="has no row"):
@@ -114,3 +127,20 @@ def test_bad_tables_are_named(tmp_path: Path):
     empty.write_text(",".join(COLUMNS) + "\n1,2\n")
     with pytest.raises(ValueError, match=r"empty\.csv:2: the row has more or fewer fields"):
         read_table(empty)
+
+
+def test_tables_of_spreadsheets_are_read_and_options_beside_a_table_refused(tmp_path: Path, capsys):
+    source = write(tmp_path / "rows.csv", [ROW])
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    assert len(read_table(source)) == 1
+    assert main(["plan", "--estimate", str(source), "--out", str(tmp_path / "out.csv"), "--cluster", "h100"]) == 2
+    assert "--estimate takes everything from its table; --cluster has no place" in capsys.readouterr().err
+
+
+def test_a_row_of_this_engine_has_its_stages(tmp_path: Path):
+    given = {"gated_mlp": "1", "num_layers": "48", "pp": "5", "dp": "4", "num_key_value_heads": "8"}
+    shape = {"hidden_size": "8192", "num_attention_heads": "64", "intermediate_size": "22016", "vocab_size": "32000"}
+    asked = read_table(write(tmp_path / "rows.csv", [ROW | given | shape]))[0].job
+    text = "--model.preset llama2-34b --parallel.pp 5 --train.global_batch_size 512 --train.micro_batch_size 16"
+    config = load([*text.split(), "--parallel.recompute", "full", "--data.seq_length", "2048"])
+    assert asked.layers == job_of(config, 20).layers and len(set(asked.layers)) > 1
