@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ import pytest
 import yaml
 from cluster import Cluster, Outcome, cluster, missing
 
+from megallama.config import load
 from megallama.data import IndexedWriter
+from megallama.plan.cluster import load_cluster
+from megallama.plan.emit import emit
 from megallama.runtime.launch import node_address
 from megallama.runtime.metrics import read_metrics
 
@@ -104,6 +108,18 @@ def test_srun_trains_as_one_process_does(slurm: Cluster, config: Path, straight:
     assert len(straight) == STEPS
     assert straight[-1] < 0.9 * straight[0]
     assert straight == pytest.approx(losses(output), rel=1e-10)
+
+
+def test_a_script_that_the_planner_writes_trains_whatever_its_folder_is_called(
+    slurm: Cluster, config: Path, straight: list[float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a plan"
+    given = load(["--config", str(config), "--parallel.tp", "2"])
+    emit(given, 2, replace(load_cluster("rsc"), gpus_per_node=1), folder, "two nodes")
+    job = slurm.submit(*OVERRIDES, f"{folder}/train.sbatch")
+    outcome, log = slurm.wait(job), folder / f"slurm-{job}.log"
+    assert outcome == Outcome("COMPLETED", 0), log.read_text()
+    assert losses(folder / "run") == straight
 
 
 def test_a_signal_makes_the_batch_job_save_and_the_next_one_goes_on(
