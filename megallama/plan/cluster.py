@@ -13,6 +13,12 @@ from typing import Any
 import yaml
 
 CLUSTERS = Path(__file__).parent / "clusters"
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "text"),
+    "float": ((int, float), "a number"),
+    "int": ((int,), "a whole number"),
+}
+"""Of a field's type: what YAML may give for it, and how one calls that."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,11 @@ class Cluster:
     pue: float = 1.1
     carbon: float = 0.385
 
+    def __post_init__(self) -> None:
+        for name, least in (("pue", 1), ("carbon", 0), ("price", 0)):  # a building draws what its GPUs draw, and more
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name):g} must be at least {least} and finite")
+
 
 def load_cluster(name: str) -> Cluster:
     """The cluster of that name, or the one that a YAML file describes.
@@ -80,18 +91,15 @@ def _cluster(found: dict[str, Any], path: Path) -> Cluster:
     if missing := [name for name, field in known.items() if name not in found and field.default is MISSING]:
         raise ValueError(f"{path}: {missing[0]} is missing")
     for name, value in found.items():
-        wanted = {"str": str, "float": (int, float), "int": int}[str(known[name].type)]
+        wanted, kind = KINDS[str(known[name].type)]
         free = name in ("price", "carbon")
-        if isinstance(value, bool) or not isinstance(value, wanted):  # type: ignore[arg-type]
-            kind = {"str": "text", "float": "a number", "int": "a whole number"}[str(known[name].type)]
+        if type(value) not in wanted:  # True is no number here
             raise ValueError(f"{path}: {name}={value!r} must be {kind}")
         if isinstance(value, str) and not value.isprintable():
             raise ValueError(f"{path}: {name}={value!r} must be one line of letters that can be printed")
         if not isinstance(value, str) and not (0 < value < math.inf or (value == 0 and free)):
             raise ValueError(f"{path}: {name}={value} must be {'0 or more' if free else 'more than 0'}, and finite")
-    cluster = Cluster(**found)
-    if cluster.pue < 1:
-        raise ValueError(
-            f"{path}: pue={cluster.pue:g} must be at least 1: a building draws what its GPUs draw, and more"
-        )
-    return cluster
+    try:
+        return Cluster(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

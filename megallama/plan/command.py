@@ -20,8 +20,7 @@ from megallama.plan.emit import emit
 from megallama.plan.job import Job
 from megallama.plan.machine import Machine, fitted
 from megallama.plan.memory import memory_over_time
-from megallama.plan.outlook import Outlook, Reliability, outlook_of, sentences, with_rates
-from megallama.plan.outlook import as_record as outlook_record
+from megallama.plan.outlook import Outlook, Reliability, outlook_of, record_of, sentences, with_rates
 from megallama.plan.search import RESERVE, Choice, search
 from megallama.plan.step import Actions, actions_of, events_of, program_of, tail
 from megallama.plan.table import estimate
@@ -102,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
     if asked.json:
         layouts = [as_record(choice, machine) for choice in found.ranked[: asked.top]]
         head = {"cluster": cluster.name, "gpus": gpus, "valid": found.valid}
-        run = outlook_record(outlook, reliability) if outlook else None
+        run = record_of(outlook, reliability) if outlook else None
         print(json.dumps({**head, "layouts": layouts, "explanation": explain(found, machine), "run": run}, indent=1))
     else:
         console.print(as_table(found, machine, asked.top))

@@ -61,6 +61,10 @@ class Layout(NamedTuple):
         """Chunk c of pipeline rank r is stage c * pp + r."""
         return self.pp * self.vpp
 
+    def stages_of(self, rank: int) -> range:
+        """The chunks of a pipeline rank."""
+        return range(rank, self.stages, self.pp)
+
 
 class Engine(NamedTuple):
     """What of the software a step's time and memory depend on.

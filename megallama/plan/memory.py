@@ -117,7 +117,7 @@ def _persistent(job: Job, rank: int) -> RankMemory:
     """What lies on a rank between steps."""
     width, engine = WIDTH[job.dtype], job.engine
     wide = max(width, 4)
-    stages = range(rank, job.layout.stages, job.layout.pp)
+    stages = job.layout.stages_of(rank)
     elements = sum(sum(sizes) for stage in stages for sizes in stage_buckets(job, stage))
     shard = elements // job.layout.dp if engine.sharded_optimizer else elements
     return RankMemory(

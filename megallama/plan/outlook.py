@@ -115,7 +115,6 @@ class Checkpoints(NamedTuple):
         steps: between saves.
         seconds: that these steps take.
         best_seconds: the best interval were a step infinitely short and the run endless.
-        young_seconds: Young's approximation of it, sqrt(2 * save_seconds * failure_seconds), for orientation.
         failure_seconds: mean time between failures of the job.
         goodput: share of the time that goes into steps that last.
     """
@@ -123,7 +122,6 @@ class Checkpoints(NamedTuple):
     steps: int
     seconds: float
     best_seconds: float
-    young_seconds: float
     failure_seconds: float
     goodput: float
 
@@ -145,14 +143,8 @@ def with_rates(
     Raises:
         ValueError: a PUE below 1, a carbon or a price below 0.
     """
-    given: dict[str, Any] = {
-        name: x for name, x in (("pue", pue), ("carbon", carbon), ("price", price)) if x is not None
-    }
-    for name, value in given.items():
-        least = 1 if name == "pue" else 0  # a building draws what its GPUs draw, and more
-        if not least <= value < math.inf:
-            raise ValueError(f"{name}={value:g} must be at least {least} and finite")
-    return replace(cluster, **given)
+    given: dict[str, Any] = {"pue": pue, "carbon": carbon, "price": price}
+    return replace(cluster, **{name: rate for name, rate in given.items() if rate is not None})
 
 
 def outlook_of(tokens: int, step_seconds: float, step_tokens: int, gpus: int, cluster: Cluster) -> Outlook:
@@ -237,8 +229,7 @@ def best_checkpoints(outlook: Outlook, reliability: Reliability) -> Checkpoints:
             f"restarts of {_span(reliability.restart_seconds)}, {100 * endless:.2g} % of the time would do work that "
             f"lasts; take fewer GPUs, or make saves and restarts shorter"
         )
-    young = math.sqrt(2 * reliability.save_seconds * failure_seconds)
-    return Checkpoints(steps, steps * step, best, young, failure_seconds, share)
+    return Checkpoints(steps, steps * step, best, failure_seconds, share)
 
 
 def effective(outlook: Outlook, reliability: Reliability) -> Outlook:
@@ -246,10 +237,9 @@ def effective(outlook: Outlook, reliability: Reliability) -> Outlook:
     return outlook._replace(goodput=best_checkpoints(outlook, reliability).goodput)
 
 
-def as_record(outlook: Outlook, reliability: Reliability) -> dict[str, float | None]:
+def record_of(outlook: Outlook, reliability: Reliability) -> dict[str, float | None]:
     """The outlook with failures, as an object of --json."""
-    saves = best_checkpoints(outlook, reliability)
-    real = outlook._replace(goodput=saves.goodput)
+    saves, real = best_checkpoints(outlook, reliability), effective(outlook, reliability)
     return {
         "tokens": real.tokens,
         "steps": real.steps,
@@ -269,7 +259,7 @@ def as_record(outlook: Outlook, reliability: Reliability) -> dict[str, float | N
 def sentences(outlook: Outlook, reliability: Reliability) -> list[str]:
     """The outlook in plain lines: if nothing fails, how often to save, and with failures."""
     saves, cluster = best_checkpoints(outlook, reliability), outlook.cluster
-    ideal, real = outlook._replace(goodput=1.0), outlook._replace(goodput=saves.goodput)
+    ideal, real = outlook._replace(goodput=1.0), effective(outlook, reliability)
     lines = [
         f"{outlook.tokens:,} tokens are {outlook.steps:,} steps of {_span(outlook.step_seconds)}: "
         f"{_span(ideal.seconds)} on {outlook.gpus:,} GPUs ({cluster.name}) if nothing fails",

@@ -58,7 +58,7 @@ class Found(NamedTuple):
 def candidates(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Config]:
     """All valid configurations of layout, micro-batch, schedule and recomputation on `gpus` ranks; the rest stays as it
     is. Tensor-parallel ranks stay in a node."""
-    for tp in (n for n in range(1, gpus_per_node + 1) if gpus % n == 0 == min(gpus, gpus_per_node) % n):
+    for tp in (n for n in range(1, gpus_per_node + 1) if gpus % n == 0 and min(gpus, gpus_per_node) % n == 0):
         for pp in (n for n in range(1, min(DEEPEST, gpus // tp) + 1) if gpus % (tp * n) == 0):
             for parallel in _schedules(tp, pp):
                 for micro in MICRO_BATCHES:
@@ -89,7 +89,10 @@ def search(config: Config, gpus: int, machine: Machine, top: int = 10) -> Found:
         ValueError: no layout is valid, or none fits; says by how much.
     """
     if config.train.dtype != "bfloat16":
-        raise ValueError(f"train.dtype={config.train.dtype} cannot be timed: clusters have the speed of bfloat16 alone")
+        raise ValueError(
+            f"train.dtype={config.train.dtype} cannot be timed: clusters have the speed of bfloat16 alone; plan with "
+            f"train.dtype bfloat16"
+        )
     bounded = []
     for given in candidates(config, gpus, machine.cluster.gpus_per_node):
         job = job_of(given, gpus)

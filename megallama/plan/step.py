@@ -64,7 +64,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
     span = pipeline_seconds(job, actions)
     busy = busy_seconds(job, actions)
     rank = max(range(layout.pp), key=lambda r: busy[r])
-    collectives = job.micros * sum(actions.collectives[s] for s in range(rank, layout.stages, layout.pp))
+    collectives = job.micros * sum(actions.collectives[s] for s in layout.stages_of(rank))
     tails = [tail(job, machine, rank, actions) for rank in range(layout.pp)]
     replicas, optimizer = max(tails, key=sum)
     overhead = machine.constants.step
@@ -100,7 +100,7 @@ def busy_seconds(job: Job, actions: Actions) -> list[float]:
     layout = job.layout
     return [
         job.micros * sum(actions.forward[s] + actions.backward[s] + actions.weights[s] for s in stages)
-        for stages in (range(rank, layout.stages, layout.pp) for rank in range(layout.pp))
+        for stages in map(layout.stages_of, range(layout.pp))
     ]
 
 
@@ -163,10 +163,7 @@ def pipeline_seconds(job: Job, actions: Actions) -> float:
 def hops_of(job: Job) -> list[int]:
     """What each pipeline rank sends to another rank for a micro-batch, forward and backward."""
     layout, last = job.layout, job.layout.stages - 1
-    return [
-        sum((stage < last) + (stage > 0) for stage in range(rank, layout.stages, layout.pp))
-        for rank in range(layout.pp)
-    ]
+    return [sum((stage < last) + (stage > 0) for stage in layout.stages_of(rank)) for rank in range(layout.pp)]
 
 
 def _span(events: list[Event]) -> float:
@@ -180,7 +177,7 @@ def tail(job: Job, machine: Machine, rank: int, actions: Actions) -> tuple[float
     buckets of new weights are gathered beside the first forwards. The last bucket, and the first, hide behind nothing.
     """
     layout, engine = job.layout, job.engine
-    stages = range(rank, layout.stages, layout.pp)
+    stages = layout.stages_of(rank)
     held = sum(stage_parameters(job, stage) for stage in stages)
     group = machine.group(layout.dp, layout.tp)
     if not engine.sharded_optimizer:
